@@ -1,0 +1,1 @@
+"""Activation stores: harvest once, read shuffled shards many times."""

@@ -1,0 +1,1 @@
+"""Named, readable and editable sites over unmodified vision transformers."""

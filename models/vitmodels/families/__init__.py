@@ -1,0 +1,1 @@
+"""One file a model family; every module in this folder is found by scanning."""
