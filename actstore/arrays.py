@@ -1,0 +1,161 @@
+"""Write a store from arrays in memory: for tests, benchmarks and activations made elsewhere."""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Shaped
+
+from actstore.index import OK
+from actstore.manifest import DTYPES, ITEM_SIZE, ArraySpec, Manifest
+from actstore.order import keyed_permutation
+from actstore.storage import open_storage
+from actstore.store import Store, create_store
+from actstore.writer import PartBuffer, write_part
+
+STRIPE_BYTES = 400_000
+"""Stripe the layout aims at on local disk, in bytes."""
+
+
+def default_items_per_part(items: int, channels: int, itemsize: int) -> int:
+    """Return S for stripes of about `STRIPE_BYTES` and at least 16 parts where items allow."""
+    wanted = max(1, round(STRIPE_BYTES / (channels * itemsize)))
+    parts = max(min(16, items), -(-items // wanted))
+    return -(-items // parts)
+
+
+def write_arrays(
+    url: str | os.PathLike[str],
+    arrays: Mapping[str, Mapping[str, Shaped[np.ndarray, "item token channel"]]],
+    *,
+    dtype: str | None = None,
+    items_per_part: int | None = None,
+    table: pa.Table | Mapping[str, Any] | None = None,
+    seed: int | None = 0,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Store:
+    """Write a complete store from arrays ``{site: {kind: values [item, token, channel]}}``.
+
+    Items are permuted by `seed`, as a harvest does; column `source` of the index holds their
+    row in the arrays. With ``seed=None`` they keep their order.
+
+    Parameters
+    ----------
+    url
+        Where the store goes; nothing but an equal, unfinished store may be there.
+    arrays
+        Values by site and token kind, kinds in the order of the tokens.
+    dtype
+        Activation dtype on disk; that of the arrays by default (float64 becomes float32).
+    items_per_part
+        S; by default stripes of about 400 kB and at least 16 parts.
+    table
+        Columns of the index by item: key, label, label_name and any others.
+    seed
+        Key of the permutation of the items.
+    storage_options
+        Options of the medium.
+
+    Raises
+    ------
+    ValueError
+        When the arrays do not fit together, or a value does not fit the dtype.
+    """
+    values = {(s, k): np.asarray(v) for s, kinds in arrays.items() for k, v in kinds.items()}
+    if not values:
+        raise ValueError("write_arrays needs at least one array {site: {kind: values}}")
+    for (site, kind), value in values.items():
+        if value.ndim != 3 or not value.size:
+            raise ValueError(
+                f"{site}/{kind}: expected [item, token, channel], got {list(value.shape)}"
+            )
+    counts = {f"{s}/{k}": len(v) for (s, k), v in values.items()}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"every array needs the same number of items; got {counts}")
+    items = next(iter(counts.values()))
+    dtype = dtype or _common_dtype(list(values.values()))
+    widest = max(v.shape[2] for v in values.values())
+    size = items_per_part or default_items_per_part(items, widest, ITEM_SIZE.get(dtype, 4))
+    specs: dict[ArraySpec, np.ndarray] = {}
+    sites: dict[str, Any] = {}
+    for site, kinds in arrays.items():
+        first = 0
+        for kind in kinds:
+            value = values[site, kind]
+            spec = ArraySpec(
+                site=site, kind=kind, tokens=value.shape[1], channels=value.shape[2], first=first
+            )
+            specs[spec] = value
+            first += value.shape[1]
+        sites[site] = {"grid": _grid({kind: values[site, kind].shape[1] for kind in kinds})}
+    order: dict[str, Any] = {"kind": "source"}
+    source = np.arange(items)
+    if seed is not None:
+        order = {"kind": "keyed", "seed": seed, "source_items": items}
+        source = keyed_permutation(source, items, seed)
+    manifest = Manifest(
+        items=items,
+        items_per_part=size,
+        arrays=tuple(specs),
+        dtype=dtype,
+        sites=sites,
+        order=order,
+        data={"kind": "arrays"},
+    )
+    columns = _columns(table, items)
+    storage = open_storage(url, storage_options)
+    create_store(storage, manifest)
+    done = Store(storage, manifest)
+    buffer = PartBuffer(manifest)
+    for part in done.missing_parts:
+        start = part * size
+        chosen = source[start : start + manifest.planned(part)]
+        buffer.clear()
+        buffer.append({spec: value[chosen] for spec, value in specs.items()})
+        rows = columns.take(chosen)
+        fixed = {
+            "position": np.arange(start, start + len(chosen)),
+            "source": chosen,
+            "status": [OK] * len(chosen),
+        }
+        for name, column in fixed.items():
+            rows = rows.append_column(name, pa.array(column))
+        write_part(storage, manifest, part, buffer, rows)
+    done.refresh()
+    return done
+
+
+def _common_dtype(values: list[np.ndarray]) -> str:
+    dtypes = {v.dtype.name for v in values}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    if dtype == "float64":
+        dtype = "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype} cannot be stored; allowed: {', '.join(DTYPES)}")
+    return dtype
+
+
+def _grid(counts: Mapping[str, int]) -> dict[str, Any] | None:
+    """Return the token grid of a site as JSON; None for kinds a grid does not know."""
+    if not set(counts) <= {"cls", "register", "patch"}:
+        return None
+    patches = counts.get("patch", 0)
+    side = math.isqrt(patches)
+    patch = [side, side] if side * side == patches else [1, patches]
+    order = [*counts, *(k for k in ("cls", "register", "patch") if k not in counts)]
+    grid = {"cls": counts.get("cls", 0), "register": counts.get("register", 0)}
+    return {**grid, "patch": patch, "order": order}
+
+
+def _columns(table: pa.Table | Mapping[str, Any] | None, items: int) -> pa.Table:
+    given = table if isinstance(table, pa.Table) else pa.table(dict(table or {}))
+    if given.num_columns and given.num_rows != items:
+        raise ValueError(f"the table has {given.num_rows} rows for {items} items")
+    columns = {name: given[name] for name in given.column_names}
+    columns.setdefault("key", pa.array([str(i) for i in range(items)]))
+    columns.setdefault("label", pa.nulls(items, pa.int64()))
+    columns.setdefault("label_name", pa.nulls(items, pa.string()))
+    return pa.table(columns)

@@ -1,0 +1,226 @@
+"""The one description of a store: what is in it, in which layout, from what.
+
+A manifest is pure data. Its fingerprint, the sha256 of its canonical JSON, ties a store, the
+dictionaries trained on it and their reports together. It holds no time stamp and nothing else
+that differs between two runs of the same plan.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FORMAT = 1
+"""Version of the store format that this code writes; it reads this and older ones."""
+
+DTYPES: dict[str, str] = {
+    "float16": "float16",
+    "bfloat16": "uint16",
+    "float32": "float32",
+    "int8": "int8",
+}
+"""Activation dtype -> Zarr data type that holds its bits."""
+
+ITEM_SIZE: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
+"""Activation dtype -> bytes of one value."""
+
+CODECS = ("raw", "archive", "int8")
+"""Codec profiles a store may be written with."""
+
+MAX_JSON_BYTES = 64 << 20
+"""A manifest or commit record larger than this is refused before it is parsed."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}\Z")
+
+
+class FormatError(ValueError):
+    """A file of a store is damaged, foreign or of a format this version does not know."""
+
+
+def validate_name(name: str, what: str) -> str:
+    """Return `name` if it is safe as one component of a path.
+
+    Allowed are letters, digits, ``_``, ``-`` and ``.``, starting with a letter or a digit, at
+    most 200 characters, without ``..``.
+
+    Raises
+    ------
+    FormatError
+        For any other name: it could leave the folder of the store or collide with Zarr's files.
+    """
+    if not isinstance(name, str) or not _NAME.match(name) or ".." in name or name == "zarr.json":
+        raise FormatError(
+            f"{what} {name!r} cannot be a folder of a store: allowed are letters, digits, '_', "
+            "'-' and single '.', starting with a letter or digit, at most 200 characters"
+        )
+    return name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """One array of the store: one token kind of one site, shape [item, token, channel]."""
+
+    site: str
+    """Name of the place in the model."""
+    kind: str
+    """Token kind: ``cls``, ``register``, ``patch``, or ``item`` for a site without tokens."""
+    tokens: int
+    """Number of tokens an item."""
+    channels: int
+    """Number of values a token."""
+    stripe_tokens: int = 1
+    """Tokens of an inner chunk; divides `tokens`."""
+    first: int = 0
+    """Number of this kind's first token in the site's full token order."""
+
+    def __post_init__(self) -> None:
+        validate_name(self.site, "site")
+        validate_name(self.kind, "token kind")
+        for field in ("tokens", "channels", "stripe_tokens"):
+            value = getattr(self, field)
+            if type(value) is not int or not 1 <= value < 1 << 40:
+                raise FormatError(f"{self.path}: {field} must be a positive integer, not {value!r}")
+        if type(self.first) is not int or not 0 <= self.first < 1 << 40:
+            raise FormatError(f"{self.path}: first must be an integer >= 0, not {self.first!r}")
+        if self.tokens % self.stripe_tokens:
+            raise FormatError(
+                f"{self.path}: stripe_tokens {self.stripe_tokens} does not divide {self.tokens}"
+            )
+
+    @property
+    def path(self) -> str:
+        """Folder of the array inside the store, also its name in commit records."""
+        return f"acts/{self.site}/{self.kind}"
+
+    @property
+    def n_stripes(self) -> int:
+        """Number of inner chunks of a shard."""
+        return self.tokens // self.stripe_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that decides the bytes of a store."""
+
+    items: int
+    """Number of items planned, undecodable ones included."""
+    items_per_part: int
+    """S, the number of items of a part (the last one may be shorter)."""
+    arrays: tuple[ArraySpec, ...]
+    """Arrays in site order."""
+    dtype: str = "float16"
+    """Activation dtype on disk, one of `DTYPES`."""
+    codec: str = "raw"
+    """Codec profile, one of `CODECS`."""
+    sites: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Site -> its axes, shape and token grid, as the model describes it."""
+    order: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "source"})
+    """How items were ordered: ``{"kind": "keyed", "seed": s, "source_items": n}`` or source."""
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Description of the data set, enough to open it again, with a fingerprint."""
+    model: Mapping[str, Any] | None = None
+    """Description of the model; None for arrays that were written from memory."""
+    compute: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What else decides bits: the batch size and the autocast dtype of the forward pass."""
+    format: int = FORMAT
+    """Version of the store format."""
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise FormatError(
+                f"the store has format {self.format!r}, this actstore reads format {FORMAT}: "
+                "update it with `pip install -U actstore`"
+            )
+        if self.dtype not in DTYPES:
+            raise FormatError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.codec not in CODECS:
+            raise FormatError(f"codec {self.codec!r} is none of {', '.join(CODECS)}")
+        for field, least in (("items", 0), ("items_per_part", 1)):
+            value = getattr(self, field)
+            if type(value) is not int or not least <= value < 1 << 48:
+                raise FormatError(f"{field} must be an integer >= {least}, not {value!r}")
+        paths = [a.path for a in self.arrays]
+        if not paths or len(set(paths)) != len(paths):
+            raise FormatError(f"a store needs at least one array, each once; found {paths}")
+        if len({p.lower() for p in paths}) != len(paths):
+            raise FormatError(f"array names must differ in more than case; found {paths}")
+
+    @property
+    def n_parts(self) -> int:
+        """Number of parts of the plan."""
+        return -(-self.items // self.items_per_part)
+
+    def planned(self, part: int) -> int:
+        """Return how many items of the plan fall into `part`."""
+        return min(self.items_per_part, self.items - part * self.items_per_part)
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of the canonical JSON, in hexadecimal."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as JSON types, arrays as a list."""
+        return json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Manifest":
+        """Build a manifest from parsed JSON, checking every field.
+
+        Raises
+        ------
+        FormatError
+            When a field is missing, unknown or has a value that is not allowed.
+        """
+        if not isinstance(value, Mapping):
+            raise FormatError(f"a manifest must be a JSON object, found {type(value).__name__}")
+        if value.get("format") != FORMAT:
+            cls(items=0, items_per_part=1, arrays=(), format=value.get("format", 0))
+        known = {f.name for f in dataclasses.fields(cls)}
+        required = {"items", "items_per_part", "arrays", "format"}
+        if unknown := set(value) - known:
+            raise FormatError(f"the manifest has unknown fields {sorted(unknown)}")
+        if missing := required - set(value):
+            raise FormatError(f"the manifest lacks the fields {sorted(missing)}")
+        for field in ("sites", "order", "data", "compute"):
+            if not isinstance(value.get(field, {}), Mapping):
+                raise FormatError(f"the manifest's field {field} must be a JSON object")
+        if not isinstance(value["arrays"], Sequence) or isinstance(value["arrays"], str):
+            raise FormatError("the manifest's field arrays must be a list")
+        try:
+            arrays = tuple(ArraySpec(**a) for a in value["arrays"])
+        except TypeError as error:
+            raise FormatError(f"the manifest describes an array wrongly: {error}") from error
+        return cls(**{**value, "arrays": arrays})
+
+    def diff(self, other: "Manifest") -> list[str]:
+        """Name every field in which `other` differs, as ``field: mine -> other's``."""
+        mine, theirs = _flatten(self.to_json()), _flatten(other.to_json())
+        absent = "absent"
+        return [
+            f"{key}: {mine.get(key, absent)} -> {theirs.get(key, absent)}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key, absent) != theirs.get(key, absent)
+        ]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Return the leaves of nested JSON by dotted name; arrays of the store by their path."""
+    if isinstance(value, Mapping):
+        pairs = [(str(k), v) for k, v in value.items()]
+    elif isinstance(value, list) and value and isinstance(value[0], Mapping) and prefix == "arrays":
+        pairs = [(f"{v['site']}/{v['kind']}", v) for v in value]
+    else:
+        text = json.dumps(value)
+        return {prefix: text if len(text) <= 120 else text[:100] + "..." + _digest(text)}
+    out: dict[str, str] = {}
+    for key, inner in pairs:
+        out.update(_flatten(inner, f"{prefix}.{key}" if prefix else key))
+    return out
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

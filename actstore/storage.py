@@ -1,0 +1,188 @@
+"""Durable objects under one root: the few operations a store needs from its medium.
+
+`LocalStorage` keeps them in a folder. Every write is a temporary file, fsync, rename or link,
+fsync of the directory: after a power loss an object is there in full or not at all.
+"""
+
+import contextlib
+import itertools
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+Buffer = Any
+"""Anything `memoryview` accepts with contiguous bytes."""
+
+WRITE_CHUNK = 8 << 20
+"""Bytes of one write call."""
+
+
+class Storage(Protocol):
+    """What a store asks from the medium it lies on; paths are relative with ``/``."""
+
+    url: str
+    """Root, as the user gave it."""
+
+    def read(self, path: str, *, limit: int | None = None) -> bytes:
+        """Return a whole object; FileNotFoundError when absent, ValueError above `limit`."""
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        """Return `length` bytes of an object from `offset`; fewer at its end."""
+
+    def size(self, path: str) -> int | None:
+        """Return the bytes of an object, or None when it is absent."""
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write an object that must not exist yet; return False when it does."""
+
+    def replace(self, path: str, pieces: Iterable[Buffer]) -> None:
+        """Write an object from consecutive buffers, atomically and durably."""
+
+    def delete(self, path: str) -> None:
+        """Remove an object; nothing happens when it is absent."""
+
+    def list(self, folder: str) -> Iterator[str]:
+        """Yield the names of the objects directly inside `folder`, in no order."""
+
+    def uri(self, path: str) -> str:
+        """Return the local path or URL of an object."""
+
+    def zarr(self) -> Any:
+        """Return a read-only store object for zarr-python."""
+
+
+class LocalStorage:
+    """Objects as files of one folder."""
+
+    TEMPORARY = "tmp"
+    """Folder of unfinished files: same file system, so that rename and link are atomic."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.url = os.fspath(root)
+        self._root = Path(root).absolute()
+        self._serial = itertools.count()
+
+    def _path(self, path: str) -> Path:
+        return self._root / path
+
+    def read(self, path: str, *, limit: int | None = None) -> bytes:
+        """See `Storage.read`."""
+        with open(self._path(path), "rb") as file:
+            if limit is not None and os.fstat(file.fileno()).st_size > limit:
+                raise ValueError(f"{self.uri(path)} is larger than the {limit} bytes allowed")
+            return file.read()
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        """See `Storage.read_range`."""
+        with open(self._path(path), "rb") as file:
+            return os.pread(file.fileno(), length, offset)
+
+    def size(self, path: str) -> int | None:
+        """See `Storage.size`."""
+        try:
+            return self._path(path).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def create(self, path: str, data: bytes) -> bool:
+        """See `Storage.create`: a finished temporary file is linked to the new name."""
+        temporary = self._write([data])
+        target = self._path(path)
+        try:
+            self._make_folder(target.parent)
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+        sync_folder(target.parent)
+        return True
+
+    def replace(self, path: str, pieces: Iterable[Buffer]) -> None:
+        """See `Storage.replace`: a finished temporary file is renamed."""
+        temporary = self._write(pieces)
+        target = self._path(path)
+        self._make_folder(target.parent)
+        os.rename(temporary, target)
+        sync_folder(target.parent)
+
+    def delete(self, path: str) -> None:
+        """See `Storage.delete`."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(path))
+
+    def list(self, folder: str) -> Iterator[str]:
+        """See `Storage.list`."""
+        try:
+            with os.scandir(self._path(folder)) as entries:
+                yield from (entry.name for entry in entries if entry.is_file())
+        except FileNotFoundError:
+            return
+
+    def uri(self, path: str) -> str:
+        """See `Storage.uri`."""
+        return str(self._path(path))
+
+    def zarr(self) -> Any:
+        """See `Storage.zarr`."""
+        from zarr.storage import LocalStore
+
+        return LocalStore(self._root, read_only=True)
+
+    def _write(self, pieces: Iterable[Buffer]) -> Path:
+        """Write a durable temporary file; remove it when that fails."""
+        folder = self._path(self.TEMPORARY)
+        self._make_folder(folder)
+        name = f"{socket.gethostname()}-{os.getpid()}-{id(self):x}-{next(self._serial)}"
+        path = folder / name
+        try:
+            with open(path, "xb", buffering=0) as file:
+                for piece in pieces:
+                    data = memoryview(piece).cast("B")
+                    start = 0
+                    while start < len(data):
+                        start += file.write(data[start : start + WRITE_CHUNK])
+                os.fsync(file.fileno())
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            raise
+        return path
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder and its parents durably."""
+        if folder.is_dir():
+            return
+        self._make_folder(folder.parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
+        sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the entries of a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_storage(url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Storage:
+    """Return the storage that a URL or a local path names.
+
+    Raises
+    ------
+    ValueError
+        For a URL scheme that is not supported.
+    """
+    text = os.fspath(url)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return LocalStorage(text)
+    if scheme in ("file", "local"):
+        return LocalStorage(rest)
+    raise ValueError(f"{text}: a store lies in a local folder; scheme {scheme!r} is not supported")

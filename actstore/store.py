@@ -1,0 +1,331 @@
+"""Open a store and find what is in it; reading itself lives in `reader` and `dask`."""
+
+import dataclasses
+import difflib
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Int64
+
+from actstore import layout
+from actstore.commit import (
+    Commit,
+    committed_parts,
+    index_path,
+    read_commit,
+    read_sidecar,
+)
+from actstore.crc import crc32c
+from actstore.index import OK, concat_rows, decode_index_rows
+from actstore.manifest import MAX_JSON_BYTES, ArraySpec, FormatError, Manifest
+from actstore.stats import ChannelStats
+from actstore.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    import zarr
+
+    from vitmodels.spec import TokenGrid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Shard:
+    """Where the stripes of one part of one array lie."""
+
+    array: ArraySpec
+    """The array."""
+    part: int
+    """Number of the part."""
+    items: int
+    """Valid items, at the front of every stripe."""
+    path: str
+    """Object relative to the store."""
+    uri: str
+    """Local path or URL of the object."""
+    codec: str
+    """Codec profile of the stripes; ``raw`` ones are plain values."""
+    dtype: str
+    """Activation dtype."""
+    stripe_shape: tuple[int, int, int]
+    """Shape (S, t, d) of a stripe, valid rows first."""
+    spans: Int64[np.ndarray, "stripe 2"]
+    """Offset and length in bytes of every stripe."""
+
+
+class Store:
+    """A store opened for reading; holds what was committed when it was opened.
+
+    Attributes
+    ----------
+    url : str
+        Where the store lies, as given.
+    manifest : Manifest
+        The description of the store.
+    storage : Storage
+        The medium.
+    part_items : int64 array [part]
+        Valid items of every part; -1 for a part that is not committed.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self.storage = storage
+        self.url = storage.url
+        self.manifest = manifest
+        self.fingerprint = manifest.fingerprint
+        self._arrays = {(a.site, a.kind): a for a in manifest.arrays}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again for committed parts: a harvest may be running."""
+        self.part_items = np.full(self.manifest.n_parts, -1, dtype=np.int64)
+        self._commits: dict[int, Commit] = {}
+        for part in committed_parts(self.storage):
+            commit = read_commit(self.storage, part)
+            if part >= self.manifest.n_parts or commit.items > self.manifest.planned(part):
+                raise FormatError(f"{self.url}: part {part} is not part of this store's plan")
+            if commit.fingerprint != self.fingerprint:
+                raise FormatError(
+                    f"{self.url}: part {part} was committed under another manifest "
+                    f"({commit.fingerprint[:12]}, the store has {self.fingerprint[:12]})"
+                )
+            self._commits[part] = commit
+            self.part_items[part] = commit.items
+
+    # What is in it
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites, in model order."""
+        return tuple(dict.fromkeys(a.site for a in self.manifest.arrays))
+
+    def kinds(self, site: str) -> tuple[str, ...]:
+        """Return the token kinds stored of a site, in the order of its tokens."""
+        self._check_site(site)
+        arrays = sorted((a for a in self.manifest.arrays if a.site == site), key=lambda a: a.first)
+        return tuple(a.kind for a in arrays)
+
+    def spec(self, site: str, kind: str) -> ArraySpec:
+        """Return the description of one array; KeyError names what there is."""
+        self._check_site(site)
+        if (site, kind) not in self._arrays:
+            raise KeyError(
+                f"site {site} of {self.url} has no tokens of kind {kind!r}; stored are "
+                f"{', '.join(self.kinds(site))}"
+            )
+        return self._arrays[site, kind]
+
+    def _check_site(self, site: str) -> None:
+        if site in self.sites:
+            return
+        near = difflib.get_close_matches(site, self.sites, n=3, cutoff=0.3)
+        raise KeyError(
+            f"{self.url} has no site {site!r}; nearest: {', '.join(near) or 'none'}; "
+            f"`actstore info {self.url}` lists all {len(self.sites)}"
+        )
+
+    def grid(self, site: str) -> "TokenGrid":
+        """Return how the tokens of a site are laid out."""
+        from vitmodels.spec import TokenGrid
+
+        self._check_site(site)
+        grid = self.manifest.sites.get(site, {}).get("grid")
+        if grid is None:
+            raise KeyError(f"site {site} of {self.url} has no token grid")
+        return TokenGrid.from_json(grid)
+
+    # How complete it is
+
+    @property
+    def n_items(self) -> int:
+        """Number of items whose activations can be read."""
+        return int(self.part_items.clip(min=0).sum())
+
+    @property
+    def missing_parts(self) -> tuple[int, ...]:
+        """Parts that are planned and not committed."""
+        return tuple(np.flatnonzero(self.part_items < 0).tolist())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every planned part is committed."""
+        return not (self.part_items < 0).any()
+
+    def commit(self, part: int) -> Commit:
+        """Return the record of a committed part; KeyError when it is not committed."""
+        if part not in self._commits:
+            raise KeyError(f"part {part} of {self.url} is not committed")
+        return self._commits[part]
+
+    # Where values lie
+
+    def shard(self, site: str, kind: str, part: int) -> Shard:
+        """Return where the stripes of one committed part lie."""
+        array = self.spec(site, kind)
+        commit = self.commit(part)
+        manifest = self.manifest
+        path = layout.shard_path(array, part)
+        return Shard(
+            array=array,
+            part=part,
+            items=commit.items,
+            path=path,
+            uri=self.storage.uri(path),
+            codec=manifest.codec,
+            dtype=manifest.dtype,
+            stripe_shape=(manifest.items_per_part, array.stripe_tokens, array.channels),
+            spans=layout.raw_spans(manifest, array),
+        )
+
+    def array(self, site: str, kind: str) -> "zarr.Array[Any]":
+        """Return the array as zarr-python sees it: [planned item, token, channel], read-only."""
+        import zarr
+
+        return zarr.open_array(self.storage.zarr(), path=self.spec(site, kind).path, mode="r")
+
+    # Beside the values
+
+    def stats(self, site: str, kind: str) -> ChannelStats:
+        """Return the moments of every channel over the committed parts."""
+        array = self.spec(site, kind)
+        total = ChannelStats.empty(array.channels)
+        for sidecar in self._sidecars:
+            total = total.merge(sidecar.stats(array))
+        return total
+
+    @functools.cached_property
+    def _sidecars(self) -> list[Any]:
+        return [read_sidecar(self.storage, commit) for commit in self._commits.values()]
+
+    def index(self) -> pa.Table:
+        """Return the index of the committed parts, skipped items included."""
+        tables = []
+        for part, commit in self._commits.items():
+            path = index_path(part)
+            data = self.storage.read(path)
+            if crc32c(data) != commit.objects.get(path, {}).get("crc32c"):
+                raise FormatError(f"{self.storage.uri(path)} is damaged: checksum differs")
+            tables.append(decode_index_rows(data, self.storage.uri(path)))
+        return concat_rows(tables)
+
+    def table(self) -> pa.Table:
+        """Return the index of the readable items, in the order of the rows of `dask`."""
+        index = self.index()
+        return index.filter(pc.equal(index["status"], OK))
+
+    # Reading, see `actstore.reader` and `actstore.dask`
+
+    def batches(self, sites: str | Sequence[str], batch_size: int, **options: Any) -> Iterator[Any]:
+        """Iterate over shuffled batches; see `actstore.reader.batches`."""
+        from actstore import reader
+
+        batches: Iterator[Any] = reader.batches(self, sites, batch_size, **options)
+        return batches
+
+    def items(self, positions: Any, site: str, kind: str) -> np.ndarray:
+        """Return whole items by store position, [item, token, channel]; see `actstore.reader`."""
+        from actstore import reader
+
+        values: np.ndarray = reader.items(self, positions, site, kind)
+        return values
+
+    def dask(self, site: str, kind: str) -> Any:
+        """Return a lazy dask array of the readable items, one chunk a part."""
+        from actstore import dask
+
+        return dask.array(self, site, kind)
+
+    def __repr__(self) -> str:
+        parts = f"{len(self._commits)}/{self.manifest.n_parts} parts"
+        return f"<Store {self.url}: {self.n_items} items, {len(self.sites)} sites, {parts}>"
+
+
+def read_manifest(storage: Storage) -> Manifest | None:
+    """Return the manifest of the store at a root, None when there is none.
+
+    Raises
+    ------
+    FormatError
+        When `zarr.json` is damaged, not a store, or of another format version.
+    """
+    try:
+        data = storage.read("zarr.json", limit=MAX_JSON_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    uri = storage.uri("zarr.json")
+    try:
+        attributes = json.loads(data)["attributes"]
+        value = attributes["actstore"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{uri} does not describe an actstore store") from error
+    manifest = Manifest.from_json(value)
+    if attributes.get("fingerprint") != manifest.fingerprint:
+        raise FormatError(f"{uri} was changed by hand: its fingerprint does not match")
+    return manifest
+
+
+def create_store(storage: Storage, manifest: Manifest) -> None:
+    """Write the metadata of a new store, or find that an equal one is there.
+
+    Raises
+    ------
+    ValueError
+        When the place holds another store; the message names the fields that differ.
+    """
+    write_metadata(storage, manifest)
+    attributes = {"actstore": manifest.to_json(), "fingerprint": manifest.fingerprint}
+    root = json.dumps(layout.group_metadata(attributes), indent=1, sort_keys=True).encode()
+    check_same(storage, manifest)
+    if not storage.create("zarr.json", root):
+        check_same(storage, manifest)
+
+
+def check_same(storage: Storage, manifest: Manifest) -> bool:
+    """Return whether this very store is already there; ValueError when it is another one."""
+    there = read_manifest(storage)
+    if there is None:
+        return False
+    if differences := there.diff(manifest):
+        raise ValueError(
+            f"{storage.url} holds another store; these fields differ (there -> asked):\n  "
+            + "\n  ".join(differences)
+            + "\nchoose another --out, or ask for what is there"
+        )
+    return True
+
+
+def write_metadata(storage: Storage, manifest: Manifest) -> None:
+    """Write the Zarr metadata below the root."""
+    check_same(storage, manifest)
+    documents: dict[str, dict[str, Any]] = {"acts": layout.group_metadata()}
+    for array in manifest.arrays:
+        documents[f"acts/{array.site}"] = layout.group_metadata()
+        documents[array.path] = layout.array_metadata(manifest, array)
+    for path, document in documents.items():
+        data = json.dumps(document, indent=1, sort_keys=True).encode()
+        storage.create(f"{path}/zarr.json", data)
+
+
+def open_store(
+    url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
+) -> Store:
+    """Open a store for reading.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no store.
+    FormatError
+        When it is damaged or of a format this version does not know.
+    """
+    storage = open_storage(url, storage_options)
+    manifest = read_manifest(storage)
+    if manifest is None:
+        raise FileNotFoundError(
+            f"no store at {os.fspath(url)}: `actstore harvest --out {os.fspath(url)} ...` makes one"
+        )
+    return Store(storage, manifest)

@@ -1,0 +1,188 @@
+"""Write one part: stripes from a reused buffer to shards, then the commit record.
+
+Legend: S items of a part, T tokens, t tokens of a stripe, d channels, B items of a batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Shaped
+
+from actstore import layout
+from actstore.commit import (
+    Commit,
+    encode_sidecar,
+    index_path,
+    read_commit,
+    record_path,
+    sidecar_path,
+)
+from actstore.crc import combine, crc32c
+from actstore.index import encode_index_rows
+from actstore.manifest import ArraySpec, FormatError, Manifest
+from actstore.stats import ChannelStats
+from actstore.storage import Storage
+
+FLOAT16_MAX = 65504.0
+
+
+class PartBuffer:
+    """Room for one part of every array, stripes in the order of the shard: [T/t, S, t, d]."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        dtype = layout.storage_dtype(manifest.dtype)
+        self.stripes: dict[ArraySpec, np.ndarray] = {
+            a: np.zeros((a.n_stripes, manifest.items_per_part, a.stripe_tokens, a.channels), dtype)
+            for a in manifest.arrays
+        }
+        self.items = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory the buffer holds."""
+        return sum(stripes.nbytes for stripes in self.stripes.values())
+
+    def clear(self) -> None:
+        """Forget the items; memory is kept."""
+        self.items = 0
+
+    def append(self, values: Mapping[ArraySpec, Shaped[np.ndarray, "B T d"]]) -> None:
+        """Add a batch: for every array its values [B, T, d], in float32 or as stored.
+
+        Raises
+        ------
+        ValueError
+            When a value is not finite or does not fit the stored dtype, or the part is full.
+        """
+        counts = {len(v) for v in values.values()}
+        if len(counts) != 1 or values.keys() != self.stripes.keys():
+            raise ValueError("a batch must hold every array of the store, with equal items")
+        count = counts.pop()
+        if self.items + count > self.manifest.items_per_part:
+            raise ValueError(
+                f"a part holds {self.manifest.items_per_part} items, {self.items} are there and "
+                f"{count} more came"
+            )
+        rows = slice(self.items, self.items + count)
+        for array, v_BTd in values.items():
+            if v_BTd.shape != (count, array.tokens, array.channels):
+                raise ValueError(
+                    f"{array.path}: expected values [{count}, {array.tokens}, {array.channels}], "
+                    f"got {list(v_BTd.shape)}"
+                )
+            stored = self._cast(array, v_BTd)
+            shape = (count, array.n_stripes, array.stripe_tokens, array.channels)
+            self.stripes[array][:, rows] = stored.reshape(shape).swapaxes(0, 1)
+        self.items += count
+
+    def _cast(self, array: ArraySpec, values: np.ndarray) -> np.ndarray:
+        dtype = self.manifest.dtype
+        target = layout.storage_dtype(dtype)
+        if values.dtype == target:
+            return values
+        if values.dtype.kind != "f":
+            raise ValueError(
+                f"{array.path}: values of dtype {values.dtype} cannot be stored as {dtype}; "
+                f"pass floating point values or {target}"
+            )
+        check_range(array, values, dtype)
+        if dtype == "bfloat16":
+            return layout.to_bfloat16(values)
+        return values.astype(target)
+
+
+def check_range(array: ArraySpec, values: np.ndarray, dtype: str) -> None:
+    """Refuse values that the stored dtype cannot hold.
+
+    Raises
+    ------
+    ValueError
+        Naming site, channel, value and what to do.
+    """
+    if not values.size:
+        return
+    limit = FLOAT16_MAX if dtype == "float16" else float(np.finfo(np.float32).max)
+    high, low = float(values.max()), float(values.min())
+    if -limit <= low and high <= limit:
+        return
+    flat = values.reshape(-1, array.channels)
+    row, channel = np.argwhere(~(np.abs(flat) <= limit))[0]
+    raise_range(array, int(channel), float(flat[row, channel]), dtype)
+
+
+def raise_range(array: ArraySpec, channel: int, value: float, dtype: str) -> None:
+    """Raise the error for a value out of the range of the stored dtype."""
+    if np.isfinite(value):
+        raise ValueError(
+            f"site {array.site} ({array.kind}), channel {channel}: {value:g} does not fit {dtype} "
+            f"(at most {FLOAT16_MAX:g}); harvest with --dtype bfloat16 or --dtype float32"
+        )
+    raise ValueError(
+        f"site {array.site} ({array.kind}), channel {channel}: the model gave {value}; a store "
+        "holds finite values only: check the weights and the input, or run the model in float32"
+    )
+
+
+def write_part(
+    storage: Storage,
+    manifest: Manifest,
+    part: int,
+    buffer: PartBuffer,
+    rows: Sequence[Mapping[str, Any]] | pa.Table,
+) -> Commit:
+    """Write and commit one part; a part that is already committed stays as it is.
+
+    Order on the medium: shards, sidecar and index rows, each durable; the record last.
+
+    Raises
+    ------
+    FormatError
+        When another run committed this part under another manifest.
+    """
+    fingerprint = manifest.fingerprint
+    objects: dict[str, dict[str, int]] = {}
+    stats: dict[ArraySpec, ChannelStats] = {}
+    sums: dict[ArraySpec, np.ndarray] = {}
+    for array, stripes in buffer.stripes.items():
+        stripes[:, buffer.items :] = 0
+        sums[array] = np.array([crc32c(stripe) for stripe in stripes], dtype=np.uint32)
+        stats[array] = part_stats(stripes[:, : buffer.items], manifest.dtype)
+        spans = layout.raw_spans(manifest, array)
+        index = layout.encode_index(spans)
+        path = layout.shard_path(array, part)
+        storage.replace(path, [stripes, index])
+        pieces = [*zip(sums[array].tolist(), spans[:, 1].tolist(), strict=True)]
+        objects[path] = {
+            "bytes": layout.shard_bytes(manifest, array),
+            "crc32c": combine([*pieces, (crc32c(index), len(index))]),
+        }
+    small = {
+        sidecar_path(part): encode_sidecar(stats, sums),
+        index_path(part): encode_index_rows(rows),
+    }
+    for path, data in small.items():
+        storage.replace(path, [data])
+        objects[path] = {"bytes": len(data), "crc32c": crc32c(data)}
+    commit = Commit(part=part, items=buffer.items, fingerprint=fingerprint, objects=objects)
+    if not storage.create(record_path(part), commit.encode()):
+        there = read_commit(storage, part)
+        if there.fingerprint != fingerprint:
+            raise FormatError(
+                f"{storage.url}: part {part} was committed under another manifest "
+                f"({there.fingerprint[:12]}, this run has {fingerprint[:12]})"
+            )
+        return there
+    return commit
+
+
+def part_stats(stripes: Shaped[np.ndarray, "stripe item t channel"], dtype: str) -> ChannelStats:
+    """Return the moments of the stored values of a part, a stripe at a time."""
+    channels = stripes.shape[-1]
+    total = ChannelStats.empty(channels)
+    for stripe in stripes:
+        values = layout.from_stored(stripe, dtype).reshape(-1, channels)
+        total = total.merge(ChannelStats.of(values))
+    return total
