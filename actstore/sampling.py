@@ -1,0 +1,261 @@
+"""Order of a shuffled epoch, as pure arithmetic: nothing here reads, waits or remembers.
+
+A part holds ``counts[p]`` items; a column is one stripe position, ``columns[g]`` tokens wide.
+Every column g visits the parts in its own order, a rotation of one keyed permutation pi::
+
+    sigma_g(w) = pi[(w + shift_g) mod P]                w = 0 .. P-1
+    window w   = {stripe (sigma_g(w), g) for every g}   every token position once
+    pool k     = windows [k P / K, (k + 1) P / K)       K pools, each permuted as a whole
+    epoch      = pool 0 permuted | pool 1 permuted | ...    rows 0 .. R-1
+    stream c   = rows [c R / C, (c + 1) R / C) of the epoch
+    batch b    = rows [b m, (b + 1) m) of every stream, joined in stream order, m = batch / C
+
+The shifts are distinct as long as there are parts, so a window takes its stripes from as many
+different parts as it can. Because all columns rotate one permutation, the rows before a window
+follow from one cumulative sum over the parts, and a batch number becomes (pool, offset) without
+a walk through the epoch, however short single parts are. Every row belongs to one batch of one
+stream, which is "exactly once"; the union over ranks depends on C alone, not on the world size.
+
+Memory and time to build grow with the number of parts, not with items or tokens.
+
+Letters: P parts, G columns, K pools, R rows, C streams, J stripes of a pool.
+"""
+
+import bisect
+import dataclasses
+import itertools
+
+import numpy as np
+from jaxtyping import Int64
+
+_PARTS, _SHIFTS, _ROWS, _ITEMS = range(4)
+_EXACT = 1 << 22
+"""Up to so many (pool, column) pairs the largest pool is computed, above it is bounded."""
+
+
+def permutation(
+    n: int, *, seed: int, epoch: int, purpose: int, index: int = 0
+) -> Int64[np.ndarray, " n"]:
+    """Return a permutation of ``range(n)``, a pure function of its arguments.
+
+    Philox 4x64-10 with key (seed, epoch) and counter (0, 0, index, purpose) gives a 64-bit key
+    for every element; its low bits are replaced by the element and the keys are sorted. Raw
+    bits are used because NumPy keeps them stable between versions, and its shuffles not.
+    """
+    if n < 2:
+        return np.zeros(n, dtype=np.int64)
+    mask = np.uint64((1 << (n - 1).bit_length()) - 1)
+    word = (1 << 64) - 1
+    bits = np.random.Philox(
+        key=np.array([seed & word, epoch & word], dtype=np.uint64),
+        counter=np.array([0, 0, index, purpose], dtype=np.uint64),
+    )
+    keys = bits.random_raw(n)
+    keys &= ~mask
+    keys |= np.arange(n, dtype=np.uint64)
+    keys.sort()
+    keys &= mask
+    return keys.view(np.int64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Stripes that are in memory together, in the order of their rows before the permutation."""
+
+    index: int
+    """Number of the pool in its epoch."""
+    part: Int64[np.ndarray, " J"]
+    """Part of every stripe, as an index into `counts`."""
+    column: Int64[np.ndarray, " J"]
+    """Column of every stripe."""
+    offset: Int64[np.ndarray, " J+1"]
+    """First row of every stripe in the pool; the last entry is the number of rows."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return int(self.offset[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A run of rows of a permuted pool."""
+
+    pool: int
+    """Number of the pool."""
+    start: int
+    """First row, counted in the permuted pool."""
+    stop: int
+    """Row after the last one."""
+
+
+class Epoch:
+    """One epoch's order.
+
+    Parameters
+    ----------
+    counts
+        Items to read of every part; parts with none have to be left out.
+    columns
+        Tokens to read of every stripe position.
+    batch_size
+        Rows of a global batch, over all streams; a multiple of `streams`.
+    seed, epoch
+        Key of the order.
+    streams
+        Number of canonical streams C; world sizes that divide it see the same batches.
+    pool_batches
+        A pool holds at least so many batches of its stream, on average over the pools.
+
+    Raises
+    ------
+    ValueError
+        When `streams` does not divide `batch_size`, or a number is not positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        counts: Int64[np.ndarray, " P"],
+        columns: Int64[np.ndarray, " G"],
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        streams: int = 1,
+        pool_batches: int = 8,
+    ) -> None:
+        if batch_size < 1 or streams < 1 or batch_size % streams:
+            raise ValueError(
+                f"batch_size {batch_size} must be a positive multiple of streams ({streams})"
+            )
+        if epoch < 0 or pool_batches < 1:
+            raise ValueError(f"epoch {epoch} must be >= 0 and pool_batches {pool_batches} >= 1")
+        if (counts < 1).any() or (columns < 1).any():
+            raise ValueError("every part and every column of an epoch must hold at least one row")
+        self.counts, self.columns = counts, columns
+        self.seed, self.epoch, self.streams = seed, epoch, streams
+        self.micro_batch = batch_size // streams
+        self.rows = int(counts.sum()) * int(columns.sum())
+        """Rows of the epoch, over all streams."""
+        per_stream = -(-self.rows // streams)
+        self.batches = -(-per_stream // self.micro_batch)
+        """Global batches of the epoch; only the last one may be short."""
+        n_parts, n_columns = len(counts), len(columns)
+        if not self.rows:
+            self.pools = 0
+            return
+        want = -(-pool_batches * self.micro_batch * n_parts // self.rows)
+        self.pools = max(1, n_parts // max(1, want))
+        """Number of pools K."""
+        self._order = permutation(n_parts, seed=seed, epoch=epoch, purpose=_PARTS)
+        self._shift = self._shifts(n_parts, n_columns)
+        self._before = np.zeros(n_parts + 1, dtype=np.int64)
+        np.cumsum(counts[self._order], out=self._before[1:])
+
+    def _shifts(self, n_parts: int, n_columns: int) -> Int64[np.ndarray, " G"]:
+        """Return a rotation for every column, each value as often as any other or once more."""
+        turns = -(-n_columns // n_parts)
+        if turns > 1:
+            drawn = np.concatenate([self._permute(n_parts, _SHIFTS, i) for i in range(turns)])
+            drawn = drawn[:n_columns]
+        else:  # one rotation from each of G slices of the parts: distinct, without P draws
+            edges = np.arange(n_columns + 1, dtype=np.int64) * n_parts // n_columns
+            width = np.diff(edges)
+            key = np.array([self.seed & (2**64 - 1), self.epoch], dtype=np.uint64)
+            counter = np.array([0, 0, 0, _SHIFTS], dtype=np.uint64)
+            raw = np.random.Philox(key=key, counter=counter).random_raw(n_columns)
+            drawn = edges[:-1] + (raw % width.astype(np.uint64)).astype(np.int64)
+        mixed: np.ndarray = drawn[self._permute(n_columns, _SHIFTS, turns)]
+        return mixed
+
+    def _permute(self, n: int, purpose: int, index: int) -> Int64[np.ndarray, " n"]:
+        return permutation(n, seed=self.seed, epoch=self.epoch, purpose=purpose, index=index)
+
+    def first_window(self, pool: int) -> int:
+        """Return the first window of `pool`."""
+        return pool * len(self.counts) // self.pools
+
+    def first_row(self, pool: int) -> int:
+        """Return how many rows of the epoch precede `pool`."""
+        n_parts = len(self.counts)
+        window = self.first_window(pool) + self._shift
+        wraps = window >= n_parts
+        before = self._before[window - n_parts * wraps] + self._before[-1] * wraps
+        return int(((before - self._before[self._shift]) * self.columns).sum())
+
+    @property
+    def max_pool_rows(self) -> int:
+        """Rows of the largest pool; an upper bound in epochs of very many pools."""
+        if not self.rows:
+            return 0
+        if self.pools * len(self.columns) <= _EXACT:
+            firsts = [self.first_row(k) for k in range(self.pools + 1)]
+            return max(b - a for a, b in itertools.pairwise(firsts))
+        windows = -(-len(self.counts) // self.pools)
+        return windows * int(self.columns.sum()) * int(self.counts.max())
+
+    def pool(self, index: int) -> Pool:
+        """Return the stripes of a pool, sorted by part and column for the sake of the disk."""
+        first, last = self.first_window(index), self.first_window(index + 1)
+        n_columns = len(self.columns)
+        window = np.arange(first, last, dtype=np.int64)[:, None] + self._shift
+        part = self._order[window % len(self.counts)]
+        key = (part * n_columns + np.arange(n_columns, dtype=np.int64)).ravel()
+        key.sort()
+        part, column = np.divmod(key, n_columns)
+        offset = np.zeros(len(key) + 1, dtype=np.int64)
+        np.cumsum(self.counts[part] * self.columns[column], out=offset[1:])
+        return Pool(index=index, part=part, column=column, offset=offset)
+
+    def permutation(self, pool: int, rows: int) -> Int64[np.ndarray, " rows"]:
+        """Return the order in which the `rows` rows of a pool are given out."""
+        return self._permute(rows, _ROWS, pool)
+
+    def cut(self, batch: int, stream: int) -> list[Cut]:
+        """Return where the rows of global batch `batch` of one stream lie; empty past its end."""
+        end = (stream + 1) * self.rows // self.streams
+        start = stream * self.rows // self.streams + batch * self.micro_batch
+        stop = min(start + self.micro_batch, end)
+        if start >= stop:
+            return []
+        pool = bisect.bisect_right(range(self.pools), start, key=self.first_row) - 1
+        cuts = []
+        first = self.first_row(pool)
+        while start < stop:
+            last = self.first_row(pool + 1)
+            cuts.append(Cut(pool, start - first, min(stop, last) - first))
+            start, first, pool = last, last, pool + 1
+        return cuts
+
+
+def streams_of(rank: int, world: int, streams: int) -> range:
+    """Return the canonical streams that `rank` of `world` reads.
+
+    Raises
+    ------
+    ValueError
+        When `world` does not divide `streams`, or `rank` is not below `world`.
+    """
+    if world < 1 or not 0 <= rank < world:
+        raise ValueError(f"rank {rank} must be in 0..world-1, world is {world}")
+    if streams % world:
+        raise ValueError(
+            f"{streams} streams cannot be shared by {world} ranks: the world size must divide "
+            f"streams; start the run with streams a multiple of every world size it may get"
+        )
+    each = streams // world
+    return range(rank * each, (rank + 1) * each)
+
+
+def held_out(
+    part: int, items: int, *, start: int, fraction: float, seed: int
+) -> Int64[np.ndarray, " held"]:
+    """Return the rows of a part that a split keyed by `seed` holds out, ascending.
+
+    Of the `items` items of the part, whose first store position is `start`,
+    ``floor(fraction (start + items)) - floor(fraction start)`` are held out: parts share the
+    fraction evenly, and each depends on nothing but itself.
+    """
+    count = int(fraction * (start + items)) - int(fraction * start)
+    order = permutation(items, seed=seed, epoch=0, purpose=_ITEMS, index=part)
+    return np.sort(order[:count])
