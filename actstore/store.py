@@ -217,6 +217,20 @@ class Store:
         index = self.index()
         return index.filter(pc.equal(index["status"], OK))
 
+    def compact(self) -> None:
+        """Write the index and the statistics of a complete store as one object each.
+
+        Raises
+        ------
+        ValueError
+            When parts are missing.
+        """
+        from actstore.compact import write_compact
+
+        if not self.is_complete:
+            raise ValueError(f"{self.url} lacks {len(self.missing_parts)} parts")
+        write_compact(self)
+
     # Reading, see `actstore.reader` and `actstore.dask`
 
     def batches(self, sites: str | Sequence[str], batch_size: int, **options: Any) -> Iterator[Any]:

@@ -61,12 +61,7 @@ class PartBuffer:
         if len(counts) != 1 or values.keys() != self.stripes.keys():
             raise ValueError("a batch must hold every array of the store, with equal items")
         count = counts.pop()
-        if self.items + count > self.manifest.items_per_part:
-            raise ValueError(
-                f"a part holds {self.manifest.items_per_part} items, {self.items} are there and "
-                f"{count} more came"
-            )
-        rows = slice(self.items, self.items + count)
+        rows = self.take_rows(count)
         for array, v_BTd in values.items():
             if v_BTd.shape != (count, array.tokens, array.channels):
                 raise ValueError(
@@ -76,7 +71,16 @@ class PartBuffer:
             stored = self._cast(array, v_BTd)
             shape = (count, array.n_stripes, array.stripe_tokens, array.channels)
             self.stripes[array][:, rows] = stored.reshape(shape).swapaxes(0, 1)
+
+    def take_rows(self, count: int) -> slice:
+        """Claim the next `count` rows of every stripe; ValueError when the part is full."""
+        if self.items + count > self.manifest.items_per_part:
+            raise ValueError(
+                f"a part holds {self.manifest.items_per_part} items, {self.items} are there and "
+                f"{count} more came"
+            )
         self.items += count
+        return slice(self.items - count, self.items)
 
     def _cast(self, array: ArraySpec, values: np.ndarray) -> np.ndarray:
         dtype = self.manifest.dtype

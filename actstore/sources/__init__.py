@@ -1,1 +1,101 @@
-"""Where items come from: one file a kind of data set."""
+"""Data sets to harvest from, found by a word, a path, a URL or an object."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from actstore.sources.base import Source, Undecodable
+
+__all__ = ["Source", "Undecodable", "open_source", "reopen_source"]
+
+
+def open_source(data: Any, storage_options: Mapping[str, Any] | None = None) -> Source:
+    """Return the source that `data` names.
+
+    Parameters
+    ----------
+    data
+        ``"digits"``, a folder of images, a parquet file, folder or glob, an fsspec URL of one,
+        a `Source`, or any map-style data set object.
+    storage_options
+        Options of fsspec for URLs.
+
+    Raises
+    ------
+    FileNotFoundError
+        When nothing is at the path.
+    ValueError
+        When what is there is no data set.
+    """
+    if hasattr(data, "describe") and hasattr(data, "image") and hasattr(data, "row"):
+        source: Source = data
+        return source
+    if not isinstance(data, str | os.PathLike):
+        from actstore.sources.python import MapStyle
+
+        return MapStyle(data)
+    name = os.fspath(data)
+    if name == "digits":
+        from actstore.sources.digits import Digits
+
+        return Digits()
+    options = dict(storage_options or {})
+    if _is_parquet(name):
+        from actstore.sources.parquet import Parquet
+
+        return Parquet(name, options)
+    if "://" not in name and not os.path.isdir(name):
+        hint = " (did you mean 'digits'?)" if difflib.get_close_matches(name, ["digits"]) else ""
+        kind = "is a file of a kind no source reads" if os.path.exists(name) else "does not exist"
+        raise FileNotFoundError(
+            f"data {name!r} {kind}{hint}; allowed: digits, a folder of images, a .parquet file, "
+            "folder or glob of them, or an fsspec URL of one"
+        )
+    from actstore.sources.folder import Folder
+
+    return Folder(name, options)
+
+
+def _is_parquet(name: str) -> bool:
+    if name.endswith(".parquet"):
+        return True
+    if "://" in name or not os.path.isdir(name):
+        return False
+    with os.scandir(name) as entries:
+        return any(entry.name.endswith(".parquet") for entry in entries)
+
+
+def reopen_source(
+    description: Mapping[str, Any], storage_options: Mapping[str, Any] | None = None
+) -> Source:
+    """Return the source a manifest describes, checked to be the same.
+
+    Raises
+    ------
+    ValueError
+        When it is an object of Python, or its fingerprint changed.
+    """
+    kind = description.get("kind")
+    if kind == "digits":
+        source = open_source("digits")
+    elif kind in ("folder", "parquet"):
+        source = open_source(str(description["url"]), storage_options)
+    else:
+        raise ValueError(
+            f"the data of this store ({description.get('name', kind)}) cannot be opened again "
+            "from its description: pass it as data="
+        )
+    check_source(source, description)
+    return source
+
+
+def check_source(source: Source, description: Mapping[str, Any]) -> None:
+    """Refuse a source that is not the one described; ValueError says what differs."""
+    found = source.describe()
+    for field in ("kind", "items", "fingerprint"):
+        if found.get(field) != description.get(field):
+            raise ValueError(
+                f"the data set changed since the harvest: {field} was "
+                f"{description.get(field)!r}, is {found.get(field)!r}"
+            )

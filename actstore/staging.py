@@ -1,0 +1,122 @@
+"""From a model's values to stripes: pick tokens, cast, check the range, scatter into the buffer.
+
+Legend: B items of a batch, T tokens, t tokens of a stripe, d channels, S items of a part.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Num
+from torch import Tensor
+
+from actstore.manifest import ArraySpec, Manifest
+from actstore.writer import FLOAT16_MAX, PartBuffer, raise_range
+from vitmodels.spec import SiteInfo
+
+TORCH_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+"""Activation dtype -> torch dtype of the same bits."""
+
+
+def tokens_of(
+    value: Num[Tensor, "B ..."], info: SiteInfo, array: ArraySpec
+) -> Num[Tensor, "B T d"]:
+    """Return one token kind of a site's value as [item, token, channel].
+
+    The token (or query) axis comes second; all other axes are flattened in C order, so that
+    head outputs are stored as head * d_head and attention patterns as head * key.
+    """
+    axis = info.token_axis
+    if axis is None:
+        return value.reshape(len(value), 1, -1)
+    value = value.movedim(axis + 1, 1)
+    return value[:, array.first : array.first + array.tokens].flatten(2)
+
+
+class Stager:
+    """Bring batches of values into a part buffer, one batch behind the model on an accelerator.
+
+    The copy from a device is asynchronous, into pinned memory: while batch i is copied, the
+    model runs batch i + 1; `flush` waits for the last copy. On the CPU values are cast and
+    scattered in one pass.
+    """
+
+    def __init__(self, manifest: Manifest, sites: Mapping[str, SiteInfo]) -> None:
+        self._manifest = manifest
+        self._sites = sites
+        self._dtype = TORCH_DTYPES[manifest.dtype]
+        self._pending: tuple[PartBuffer, dict[ArraySpec, Tensor], Tensor, torch.Event] | None = None
+
+    def put(self, buffer: PartBuffer, values: Mapping[str, Tensor]) -> None:
+        """Take the values of one batch, of every site.
+
+        Raises
+        ------
+        ValueError
+            When a value of this or the batch before does not fit the stored dtype.
+        """
+        picked = {
+            array: tokens_of(values[array.site], self._sites[array.site], array)
+            for array in self._manifest.arrays
+        }
+        first = next(iter(picked.values()))
+        extremes = torch.stack([_extremes(value) for value in picked.values()])
+        if first.device.type == "cpu":
+            self._check(picked, extremes)
+            self._scatter(buffer, picked)
+            return
+        pinned = first.device.type == "cuda"
+        staged: dict[ArraySpec, Tensor] = {}
+        for array, value in picked.items():
+            target = torch.empty(value.shape, dtype=self._dtype, pin_memory=pinned)
+            staged[array] = target.copy_(value, non_blocking=True)
+        limits = torch.empty(extremes.shape, dtype=extremes.dtype, pin_memory=pinned)
+        limits.copy_(extremes, non_blocking=True)
+        event = torch.Event(first.device)
+        event.record()
+        self.flush()
+        self._pending = (buffer, staged, limits, event)
+
+    def flush(self) -> None:
+        """Wait for the batch on its way and put it into its buffer."""
+        if self._pending is None:
+            return
+        buffer, staged, limits, event = self._pending
+        self._pending = None
+        event.synchronize()
+        self._check(staged, limits)
+        self._scatter(buffer, staged)
+
+    def _check(self, values: Mapping[ArraySpec, Tensor], extremes: Tensor) -> None:
+        limit = FLOAT16_MAX if self._manifest.dtype == "float16" else torch.finfo(torch.float32).max
+        fits = (extremes.abs() <= limit).all(dim=1)
+        if bool(fits.all()):
+            return
+        array = list(values)[int(fits.logical_not().nonzero()[0])]
+        value = values[array].float()
+        bad = (value.abs() <= limit).logical_not().nonzero()
+        where = tuple(bad[0].tolist())
+        found = float(extremes[int(fits.logical_not().nonzero()[0])].abs().max())
+        here = float(value[where])
+        raise_range(array, where[-1], found if np.isinf(here) else here, self._manifest.dtype)
+
+    def _scatter(self, buffer: PartBuffer, values: Mapping[ArraySpec, Tensor]) -> None:
+        """Cast and move values [B, T, d] into the rows of the stripes [T/t, S, t, d]."""
+        count = len(next(iter(values.values())))
+        rows = buffer.take_rows(count)
+        for array, value in values.items():
+            stripes = torch.from_numpy(buffer.stripes[array])
+            if self._manifest.dtype == "bfloat16":
+                stripes = stripes.view(torch.bfloat16)
+            shape = (count, array.n_stripes, array.stripe_tokens, array.channels)
+            stripes[:, rows].copy_(value.reshape(shape).movedim(1, 0))
+
+
+def _extremes(value: Num[Tensor, "B T d"]) -> Num[Tensor, " 2"]:
+    """Return least and greatest value; NaN where there is one."""
+    low, high = torch.aminmax(value.detach())
+    return torch.stack([low, high]).float()
