@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import vitmodels
-from actstore.sources.digits import DigitsSource
+from actstore.sources.digits import Digits
 
 NAMES = [f"digits-{depth}l{suffix}" for depth in (1, 2, 3, 4) for suffix in ("", "-attn")]
 BATCH = 128
@@ -70,9 +70,9 @@ def main() -> None:
     torch.set_num_threads(1)  # the sums of several threads may round differently
     model = vitmodels.load(f"toy/{args.name}", pretrained=False, seed=args.seed)
     module = model.module
-    items = [DigitsSource()[index] for index in range(5000)]
-    x = torch.stack([model.transform(item.image) for item in items])
-    label = torch.tensor([item.label for item in items])
+    digits = Digits()
+    x = torch.stack([model.transform(digits.image(index)) for index in range(len(digits))])
+    label = torch.tensor([digits.row(index)["label"] for index in range(len(digits))])
     is_test = torch.from_numpy(np.arange(len(x)) % 5 == 4)
     train_x, train_label = x[~is_test], label[~is_test]
 
