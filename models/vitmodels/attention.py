@@ -27,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 from vitmodels.taps import Tap, Wire, Wiring
 
 PARTS = ("q", "k", "v", "scores", "pattern", "z")
+PARTS_MHA = (*PARTS, "head_out")
+"""What a call of ``nn.MultiheadAttention`` has: its output projection is inside the call."""
 Convert = Callable[[Tensor], Tensor]
 
 
@@ -51,7 +53,7 @@ class AttentionTap(Tap):
     scope: nn.Module
     """Module during whose forward the call happens: the attention module, or the block."""
     part: str
-    """One of :data:`PARTS`."""
+    """One of :data:`PARTS`, or of :data:`PARTS_MHA` where the scope is a MultiheadAttention."""
     call: int = 0
     """Which call inside the scope, counted from 0, where there are several."""
     softmax: bool = False
@@ -62,7 +64,7 @@ class AttentionTap(Tap):
     """The inverse of `to_site`."""
 
     def __post_init__(self) -> None:
-        allowed = ("scores", "pattern") if self.softmax else PARTS
+        allowed = ("scores", "pattern") if self.softmax else PARTS_MHA
         if self.part not in allowed:
             raise ValueError(f"part must be one of {allowed}, not {self.part!r}")
 
@@ -108,12 +110,12 @@ class _Watcher:
 
     def enter(self, _module: nn.Module, _args: Any, _kwargs: Any) -> None:
         mode = _Mode(self)
-        mode.__enter__()
+        mode.__enter__()  # type: ignore[no-untyped-call]
         self._modes.append(mode)
 
     def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         if self._modes:  # empty when a hook before ours raised
-            self._modes.pop().__exit__(None, None, None)
+            self._modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 _SOFTMAX: frozenset[Any] = frozenset({Tensor.softmax, torch.softmax, F.softmax})
@@ -220,17 +222,20 @@ def _scores(
     return scores + mask
 
 
+_MHA_ARGUMENTS = (
+    *("query", "key", "value", "embed_dim_to_check", "num_heads"),
+    *("in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "add_zero_attn"),
+    *("dropout_p", "out_proj_weight", "out_proj_bias"),
+)
+
+
 def _mha(ports: Ports, *args: Any, **kwargs: Any) -> Any:
     """``F.multi_head_attention_forward`` of plain self-attention with its inside open.
 
     The library's output goes through when nothing is edited; q, k, v and z are recomputed
     from the packed projection on the side.
     """
-    names = (
-        "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v "
-        "add_zero_attn dropout_p out_proj_weight out_proj_bias"
-    ).split()
-    bound = dict(zip(names, args, strict=False)) | kwargs
+    bound = dict(zip(_MHA_ARGUMENTS, args, strict=False)) | kwargs
     if bound.get("use_separate_proj_weight") or bound.get("bias_k") is not None:
         raise ValueError(
             "the attention tap reads nn.MultiheadAttention with one packed input projection "
@@ -246,11 +251,11 @@ def _mha(ports: Ports, *args: Any, **kwargs: Any) -> Any:
         projected = list(packed.chunk(3, dim=-1))
     heads = bound["num_heads"]
     q, k, v = (  # [T, B, D] -> [B, H, T, K]: the kernel's layout
-        x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for x in projected
+        x.reshape(*x.shape[:-1], heads, -1).permute(1, 2, 0, 3) for x in projected
     )
     mask = bound.get("attn_mask")
     if mask is not None and mask.dim() == 3:
-        mask = mask.unflatten(0, (-1, heads))
+        mask = mask.reshape(-1, heads, *mask.shape[1:])
     padding = bound.get("key_padding_mask")
     if padding is not None:
         hidden = padding[:, None, None, :]
@@ -263,6 +268,13 @@ def _mha(ports: Ports, *args: Any, **kwargs: Any) -> Any:
         mask = ~mask  # MultiheadAttention: True is hidden; SDPA: True takes part
     dropout = bound["dropout_p"] if bound.get("training", True) else 0.0
     z = _sdpa(ports, q, k, v, attn_mask=mask, dropout_p=dropout)
+    if "head_out" in ports:
+        w_DHK = bound["out_proj_weight"].unflatten(1, (heads, -1))
+        head_out = ports["head_out"](torch.einsum("bhtk,dhk->bhtd", z, w_DHK))
+        if ports["head_out"].wire.writes:
+            total_TBD = head_out.sum(dim=1).transpose(0, 1)
+            bias = bound["out_proj_bias"]
+            return total_TBD if bias is None else total_TBD + bias, None
     if not any(port.wire.writes for port in ports.values()):
         return F.multi_head_attention_forward(*args, **kwargs)
     z_TBD = z.permute(2, 0, 1, 3).flatten(2)

@@ -113,11 +113,11 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def accepts(self, module: nn.Module) -> bool:
+    def accepts(self, module: Any) -> bool:
         """Whether :meth:`anatomy` can describe a module that somebody else has built."""
 
     @abstractmethod
-    def anatomy(self, module: nn.Module) -> Anatomy:
+    def anatomy(self, module: Any) -> Anatomy:
         """Describe a module that :meth:`build` made or :meth:`accepts` accepted.
 
         Raises

@@ -1,7 +1,7 @@
 """A vision model: the backend's own module, with names for its insides."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -238,10 +238,8 @@ class VisionModel:
         self._wiring = Wiring().attach(self.anatomy.taps, wires)
 
     def _call_until_stop(self, batch: Any) -> None:
-        try:
+        with suppress(StopForward):
             self.anatomy.call(self.module, batch)
-        except StopForward:
-            pass
 
     def _prepare(self, x: Any) -> Any:
         if isinstance(x, Mapping):

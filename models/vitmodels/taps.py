@@ -21,7 +21,7 @@ Edit = Callable[[Tensor], Tensor]
 """An edit: takes the value of a site, returns a tensor of the same shape."""
 
 
-class StopForward(Exception):  # noqa: N818 - a signal, not an error
+class StopForward(Exception):
     """Raised when the last value asked for has been read; caught in ``run``."""
 
 
@@ -162,7 +162,7 @@ class OutputTap(Tap):
     """(output, new value) -> new output."""
 
     def attach(self, wire: Wire, wiring: Wiring) -> None:
-        """Hook the output."""
+        """Pass the output through the wire."""
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             value = wire(self.read(output))
@@ -185,7 +185,7 @@ class InputTap(Tap):
     """(argument, new value) -> new argument."""
 
     def attach(self, wire: Wire, wiring: Wiring) -> None:
-        """Hook the argument."""
+        """Pass the argument through the wire."""
         key = self.argument
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -220,7 +220,7 @@ class MidStreamTap(Tap):
     """Applied to the output of `branch_out` before the sum (a bare LayerScale parameter)."""
 
     def attach(self, wire: Wire, wiring: Wiring) -> None:
-        """Hook the branch, and the block's output when there is an edit."""
+        """Read at the branch; with an edit, also rebuild the block's output."""
         held: dict[str, Tensor] = {}
 
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -256,11 +256,11 @@ class HeadOutTap(Tap):
     """Number of heads."""
 
     def attach(self, wire: Wire, wiring: Wiring) -> None:
-        """Hook the projection."""
+        """Pass the heads' shares through the wire."""
 
         def hook(module: nn.Linear, args: Any, output: Tensor) -> Tensor | None:
-            z_BTHK = args[0].unflatten(-1, (self.heads, -1))
-            w_DHK = module.weight.unflatten(1, (self.heads, -1))
+            z_BTHK = args[0].reshape(*args[0].shape[:-1], self.heads, -1)
+            w_DHK = module.weight.reshape(module.out_features, self.heads, -1)
             value = wire(torch.einsum("...hk,dhk->...hd", z_BTHK, w_DHK))
             if not wire.writes:
                 return None

@@ -58,7 +58,7 @@ def build(request: Request, **options: Any) -> nn.Module:
     if request.weights is not None:
         state = read_weights(request.weights)
         try:
-            module = timm.create_model(
+            module: nn.Module = timm.create_model(
                 request.name,
                 pretrained=True,
                 pretrained_cfg_overlay={"state_dict": state},
@@ -70,10 +70,10 @@ def build(request: Request, **options: Any) -> nn.Module:
             raise ValueError(
                 f"{request.weights} does not fit timm/{request.name}: {reason}"
             ) from error
-        module.pretrained_cfg.pop("state_dict", None)
+        module.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
         return module
     try:
-        return timm.create_model(request.name, pretrained=request.pretrained, **options)
+        module = timm.create_model(request.name, pretrained=request.pretrained, **options)
     except Exception as error:
         if not request.pretrained:
             raise
@@ -82,6 +82,7 @@ def build(request: Request, **options: Any) -> nn.Module:
             f"({type(error).__name__}: {str(error).splitlines()[0]}). Give weights= a local file, "
             "pretrained=False for random ones, or set HF_HUB_CACHE to a folder that holds them"
         ) from error
+    return module
 
 
 def input_shape(module: Any) -> tuple[int, int, int]:

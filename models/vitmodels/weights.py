@@ -94,5 +94,5 @@ def seeded(seed: int) -> Iterator[None]:
     put back as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.random.manual_seed(seed)
         yield

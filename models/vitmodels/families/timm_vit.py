@@ -34,7 +34,7 @@ def unflatten_patches(output: Tensor, value: Tensor) -> Tensor:
 class PositionTap(Tap):
     """A learned position embedding, repeated over the batch; its edits shift the embedding."""
 
-    model: nn.Module
+    model: Any
     """Has the parameter ``pos_embed``: ``[1, tokens, D]``."""
     after: nn.Module
     """Module that takes the embedded tokens."""
@@ -42,7 +42,7 @@ class PositionTap(Tap):
     """Leading tokens of the embedding that have no position."""
 
     def attach(self, wire: Wire, wiring: Wiring) -> None:
-        """Hook the module after the sum."""
+        """Shift the input of the module after the sum."""
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             tokens = args[0]
@@ -56,7 +56,7 @@ class PositionTap(Tap):
         wiring.before(self.after, hook)
 
 
-def mlp_modules(mlp: nn.Module) -> dict[str, nn.Module | None]:
+def mlp_modules(mlp: Any) -> dict[str, Any]:
     """Return the modules of an MLP of timm as ``block_taps`` wants them."""
     from timm.layers import Mlp
 
@@ -116,7 +116,7 @@ class TimmViT(Family):
         """Build by timm's factory."""
         return timm_backend.build(request)
 
-    def accepts(self, module: nn.Module) -> bool:
+    def accepts(self, module: Any) -> bool:
         """Accept ``VisionTransformer`` itself, and no subclass that changes its forward."""
         from timm.models.vision_transformer import VisionTransformer
 
@@ -177,7 +177,9 @@ class TimmViT(Family):
                 from timm.models.vision_transformer import VisionTransformer
 
                 sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3}
-                return VisionTransformer(**{**sizes, "num_heads": 4, "num_classes": 7, **options})
+                sizes |= {"num_heads": 4, "num_classes": 7}
+                module: nn.Module = VisionTransformer(**{**sizes, **options})
+                return module
 
             return make
 

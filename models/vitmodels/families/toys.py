@@ -33,7 +33,7 @@ def toy_module(name: str) -> nn.Module:
     if name not in _NAMES:
         raise ValueError(f"unknown toy {name!r}; toys are {', '.join(_NAMES)}")
     depth, _, kind = name.removeprefix("digits-").partition("l")
-    module = VisionTransformer(
+    module: Any = VisionTransformer(
         img_size=20,
         patch_size=4,
         in_chans=1,
@@ -48,7 +48,8 @@ def toy_module(name: str) -> nn.Module:
         for block in module.blocks:
             block.norm2 = nn.Identity()
             block.mlp = Zero()
-    return module
+    built: nn.Module = module
+    return built
 
 
 class Toys(Family):
@@ -66,7 +67,7 @@ class Toys(Family):
         """Build a toy with the weights in the package, or with those given."""
         if request.img_size not in (None, 20, (20, 20)):
             raise ValueError(f"toys take 20 x 20 images, not img_size={request.img_size}")
-        module = toy_module(request.name)
+        module: Any = toy_module(request.name)
         path = request.weights
         if path is None and request.pretrained:
             path = Path(str(files("vitmodels") / "toy_weights" / f"{request.name}.safetensors"))
@@ -77,14 +78,15 @@ class Toys(Family):
             module.load_state_dict(state)
             if path.suffix == ".safetensors":
                 module.toy_metadata = read_metadata(path)
-        return module
+        built: nn.Module = module
+        return built
 
-    def accepts(self, module: nn.Module) -> bool:
+    def accepts(self, module: Any) -> bool:
         """Accept a columnar ViT on 20 x 20 grey images."""
         if not VIT.accepts(module):
             return False
         one_channel: bool = module.patch_embed.proj.in_channels == 1
-        return one_channel and tuple(module.patch_embed.img_size) == (20, 20)
+        return bool(one_channel and tuple(module.patch_embed.img_size) == (20, 20))
 
     def anatomy(self, module: Any) -> Anatomy:
         """Describe it as a columnar ViT, with the preprocessing written into the weights."""
