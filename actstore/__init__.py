@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from actstore.arrays import write_arrays
-    from actstore.harvest import harvest
+    from actstore.harvester import harvest
     from actstore.manifest import FormatError, Manifest
     from actstore.store import Store
     from actstore.store import open_store as open
@@ -18,7 +18,7 @@ _HOMES = {
     "FormatError": ("actstore.manifest", "FormatError"),
     "Manifest": ("actstore.manifest", "Manifest"),
     "Store": ("actstore.store", "Store"),
-    "harvest": ("actstore.harvest", "harvest"),
+    "harvest": ("actstore.harvester", "harvest"),
     "open": ("actstore.store", "open_store"),
     "write_arrays": ("actstore.arrays", "write_arrays"),
 }

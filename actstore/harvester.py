@@ -125,6 +125,18 @@ def harvest(
     return store
 
 
+def dry_run(*, out: str | os.PathLike[str], **options: Any) -> Plan:
+    """Return the plan of a harvest without writing anything; options as for `harvest`."""
+    names = ("limit", "batch_size", "workers", "memory", "storage_options")
+    defaults: dict[str, Any] = {
+        **dict.fromkeys(names),
+        **{"tokens": "cls,patch", "dtype": "float16", "seed": 0, "device": "auto", "strict": False},
+    }
+    options = {**defaults, **options}
+    storage = open_storage(out, options["storage_options"])
+    return prepare(storage=storage, **options)[1]
+
+
 def prepare(
     *,
     model: Any,
