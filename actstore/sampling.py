@@ -31,6 +31,16 @@ from jaxtyping import Int64
 _PARTS, _SHIFTS, _ROWS, _ITEMS = range(4)
 _EXACT = 1 << 22
 """Up to so many (pool, column) pairs the largest pool is computed, above it is bounded."""
+_KNOWN = 4096
+"""First rows of pools remembered."""
+
+
+def _philox(seed: int, epoch: int, index: int, purpose: int) -> np.random.Philox:
+    """Return the generator of one purpose; `seed` is taken modulo 2**64."""
+    return np.random.Philox(
+        key=np.array([seed & (2**64 - 1), epoch], dtype=np.uint64),
+        counter=np.array([0, 0, index, purpose], dtype=np.uint64),
+    )
 
 
 def permutation(
@@ -45,12 +55,7 @@ def permutation(
     if n < 2:
         return np.zeros(n, dtype=np.int64)
     mask = np.uint64((1 << (n - 1).bit_length()) - 1)
-    word = (1 << 64) - 1
-    bits = np.random.Philox(
-        key=np.array([seed & word, epoch & word], dtype=np.uint64),
-        counter=np.array([0, 0, index, purpose], dtype=np.uint64),
-    )
-    keys = bits.random_raw(n)
+    keys: np.ndarray = _philox(seed, epoch, index, purpose).random_raw(n)
     keys &= ~mask
     keys |= np.arange(n, dtype=np.uint64)
     keys.sort()
@@ -89,8 +94,8 @@ class Cut:
     """Row after the last one."""
 
 
-class Epoch:
-    """One epoch's order.
+class Order:
+    """What an epoch's order answers; `Epoch` shuffles, `Sequential` does not.
 
     Parameters
     ----------
@@ -100,12 +105,8 @@ class Epoch:
         Tokens to read of every stripe position.
     batch_size
         Rows of a global batch, over all streams; a multiple of `streams`.
-    seed, epoch
-        Key of the order.
     streams
         Number of canonical streams C; world sizes that divide it see the same batches.
-    pool_batches
-        A pool holds at least so many batches of its stream, on average over the pools.
 
     Raises
     ------
@@ -113,103 +114,63 @@ class Epoch:
         When `streams` does not divide `batch_size`, or a number is not positive.
     """
 
+    pools: int
+    """Number of pools K."""
+
     def __init__(
         self,
         *,
         counts: Int64[np.ndarray, " P"],
         columns: Int64[np.ndarray, " G"],
         batch_size: int,
-        seed: int,
-        epoch: int,
         streams: int = 1,
-        pool_batches: int = 8,
     ) -> None:
         if batch_size < 1 or streams < 1 or batch_size % streams:
             raise ValueError(
                 f"batch_size {batch_size} must be a positive multiple of streams ({streams})"
             )
-        if epoch < 0 or pool_batches < 1:
-            raise ValueError(f"epoch {epoch} must be >= 0 and pool_batches {pool_batches} >= 1")
-        if (counts < 1).any() or (columns < 1).any():
-            raise ValueError("every part and every column of an epoch must hold at least one row")
+        if not counts.size or not columns.size or (counts < 1).any() or (columns < 1).any():
+            raise ValueError("an epoch needs parts and columns, each with at least one row")
         self.counts, self.columns = counts, columns
-        self.seed, self.epoch, self.streams = seed, epoch, streams
+        self.streams = streams
         self.micro_batch = batch_size // streams
         self.rows = int(counts.sum()) * int(columns.sum())
         """Rows of the epoch, over all streams."""
-        per_stream = -(-self.rows // streams)
-        self.batches = -(-per_stream // self.micro_batch)
+        self.batches = -(-self.rows // (streams * self.micro_batch))
         """Global batches of the epoch; only the last one may be short."""
-        n_parts, n_columns = len(counts), len(columns)
-        if not self.rows:
-            self.pools = 0
-            return
-        want = -(-pool_batches * self.micro_batch * n_parts // self.rows)
-        self.pools = max(1, n_parts // max(1, want))
-        """Number of pools K."""
-        self._order = permutation(n_parts, seed=seed, epoch=epoch, purpose=_PARTS)
-        self._shift = self._shifts(n_parts, n_columns)
-        self._before = np.zeros(n_parts + 1, dtype=np.int64)
-        np.cumsum(counts[self._order], out=self._before[1:])
-
-    def _shifts(self, n_parts: int, n_columns: int) -> Int64[np.ndarray, " G"]:
-        """Return a rotation for every column, each value as often as any other or once more."""
-        turns = -(-n_columns // n_parts)
-        if turns > 1:
-            drawn = np.concatenate([self._permute(n_parts, _SHIFTS, i) for i in range(turns)])
-            drawn = drawn[:n_columns]
-        else:  # one rotation from each of G slices of the parts: distinct, without P draws
-            edges = np.arange(n_columns + 1, dtype=np.int64) * n_parts // n_columns
-            width = np.diff(edges)
-            key = np.array([self.seed & (2**64 - 1), self.epoch], dtype=np.uint64)
-            counter = np.array([0, 0, 0, _SHIFTS], dtype=np.uint64)
-            raw = np.random.Philox(key=key, counter=counter).random_raw(n_columns)
-            drawn = edges[:-1] + (raw % width.astype(np.uint64)).astype(np.int64)
-        mixed: np.ndarray = drawn[self._permute(n_columns, _SHIFTS, turns)]
-        return mixed
-
-    def _permute(self, n: int, purpose: int, index: int) -> Int64[np.ndarray, " n"]:
-        return permutation(n, seed=self.seed, epoch=self.epoch, purpose=purpose, index=index)
-
-    def first_window(self, pool: int) -> int:
-        """Return the first window of `pool`."""
-        return pool * len(self.counts) // self.pools
+        self._known: dict[int, int] = {}
 
     def first_row(self, pool: int) -> int:
-        """Return how many rows of the epoch precede `pool`."""
-        n_parts = len(self.counts)
-        window = self.first_window(pool) + self._shift
-        wraps = window >= n_parts
-        before = self._before[window - n_parts * wraps] + self._before[-1] * wraps
-        return int(((before - self._before[self._shift]) * self.columns).sum())
+        """Return how many rows of the epoch precede a pool."""
+        row = self._known.get(pool)
+        if row is None:
+            if len(self._known) > _KNOWN:
+                self._known = {}
+            row = self._known[pool] = self._first_row(pool)
+        return row
+
+    def _first_row(self, pool: int) -> int:
+        raise NotImplementedError
+
+    def _stripes(self, pool: int) -> tuple[Int64[np.ndarray, " J"], Int64[np.ndarray, " J"]]:
+        """Return part and column of every stripe of a pool."""
+        raise NotImplementedError
+
+    def permutation(self, pool: int, rows: int) -> Int64[np.ndarray, " rows"]:
+        """Return the order in which the `rows` rows of a pool are given out."""
+        raise NotImplementedError
 
     @property
     def max_pool_rows(self) -> int:
         """Rows of the largest pool; an upper bound in epochs of very many pools."""
-        if not self.rows:
-            return 0
-        if self.pools * len(self.columns) <= _EXACT:
-            firsts = [self.first_row(k) for k in range(self.pools + 1)]
-            return max(b - a for a, b in itertools.pairwise(firsts))
-        windows = -(-len(self.counts) // self.pools)
-        return windows * int(self.columns.sum()) * int(self.counts.max())
+        raise NotImplementedError
 
     def pool(self, index: int) -> Pool:
         """Return the stripes of a pool, sorted by part and column for the sake of the disk."""
-        first, last = self.first_window(index), self.first_window(index + 1)
-        n_columns = len(self.columns)
-        window = np.arange(first, last, dtype=np.int64)[:, None] + self._shift
-        part = self._order[window % len(self.counts)]
-        key = (part * n_columns + np.arange(n_columns, dtype=np.int64)).ravel()
-        key.sort()
-        part, column = np.divmod(key, n_columns)
-        offset = np.zeros(len(key) + 1, dtype=np.int64)
+        part, column = self._stripes(index)
+        offset = np.zeros(len(part) + 1, dtype=np.int64)
         np.cumsum(self.counts[part] * self.columns[column], out=offset[1:])
         return Pool(index=index, part=part, column=column, offset=offset)
-
-    def permutation(self, pool: int, rows: int) -> Int64[np.ndarray, " rows"]:
-        """Return the order in which the `rows` rows of a pool are given out."""
-        return self._permute(rows, _ROWS, pool)
 
     def cut(self, batch: int, stream: int) -> list[Cut]:
         """Return where the rows of global batch `batch` of one stream lie; empty past its end."""
@@ -226,6 +187,140 @@ class Epoch:
             cuts.append(Cut(pool, start - first, min(stop, last) - first))
             start, first, pool = last, last, pool + 1
         return cuts
+
+
+class Epoch(Order):
+    """One epoch's shuffled order; parameters of `Order` and these.
+
+    Parameters
+    ----------
+    seed, epoch
+        Key of the order.
+    pool_batches
+        A pool holds at least so many batches of its stream, on average over the pools.
+    """
+
+    def __init__(
+        self,
+        *,
+        counts: Int64[np.ndarray, " P"],
+        columns: Int64[np.ndarray, " G"],
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        streams: int = 1,
+        pool_batches: int = 8,
+    ) -> None:
+        super().__init__(counts=counts, columns=columns, batch_size=batch_size, streams=streams)
+        if epoch < 0 or pool_batches < 1:
+            raise ValueError(f"epoch {epoch} must be >= 0 and pool_batches {pool_batches} >= 1")
+        self.seed, self.epoch = seed, epoch
+        n_parts, n_columns = len(counts), len(columns)
+        windows = -(-pool_batches * self.micro_batch * n_parts // self.rows)
+        self.pools = max(1, n_parts // windows)
+        self._order = permutation(n_parts, seed=seed, epoch=epoch, purpose=_PARTS)
+        self._shift = self._shifts(n_parts, n_columns)
+        self._before = np.zeros(n_parts + 1, dtype=np.int64)
+        np.cumsum(counts[self._order], out=self._before[1:])
+
+    def _shifts(self, n_parts: int, n_columns: int) -> Int64[np.ndarray, " G"]:
+        """Return a rotation for every column, each value as often as any other or once more."""
+        turns = -(-n_columns // n_parts)
+        if turns > 1:
+            drawn = np.concatenate([self._permute(n_parts, _SHIFTS, i) for i in range(turns)])
+            drawn = drawn[:n_columns]
+        else:  # one rotation from each of G slices of the parts: distinct, without P draws
+            edges = np.arange(n_columns + 1, dtype=np.int64) * n_parts // n_columns
+            raw = _philox(self.seed, self.epoch, 0, _SHIFTS).random_raw(n_columns)
+            drawn = edges[:-1] + (raw % np.diff(edges).astype(np.uint64)).astype(np.int64)
+        mixed: np.ndarray = drawn[self._permute(n_columns, _SHIFTS, turns)]
+        return mixed
+
+    def _permute(self, n: int, purpose: int, index: int) -> Int64[np.ndarray, " n"]:
+        return permutation(n, seed=self.seed, epoch=self.epoch, purpose=purpose, index=index)
+
+    def first_window(self, pool: int) -> int:
+        """Return the first window of `pool`."""
+        return pool * len(self.counts) // self.pools
+
+    def _first_row(self, pool: int) -> int:
+        n_parts = len(self.counts)
+        window = self.first_window(pool) + self._shift
+        wraps = window >= n_parts
+        before = self._before[window - n_parts * wraps] + self._before[-1] * wraps
+        return int(((before - self._before[self._shift]) * self.columns).sum())
+
+    def _stripes(self, pool: int) -> tuple[Int64[np.ndarray, " J"], Int64[np.ndarray, " J"]]:
+        first, last = self.first_window(pool), self.first_window(pool + 1)
+        n_columns = len(self.columns)
+        window = np.arange(first, last, dtype=np.int64)[:, None] + self._shift
+        part = self._order[window % len(self.counts)]
+        key = (part * n_columns + np.arange(n_columns, dtype=np.int64)).ravel()
+        key.sort()
+        return np.divmod(key, n_columns)
+
+    def permutation(self, pool: int, rows: int) -> Int64[np.ndarray, " rows"]:
+        """Return the order in which the `rows` rows of a pool are given out."""
+        return self._permute(rows, _ROWS, pool)
+
+    @property
+    def max_pool_rows(self) -> int:
+        """See `Order.max_pool_rows`."""
+        if self.pools * len(self.columns) <= _EXACT:
+            firsts = [self._first_row(k) for k in range(self.pools + 1)]
+            return max(b - a for a, b in itertools.pairwise(firsts))
+        windows = -(-len(self.counts) // self.pools)
+        return windows * int(self.columns.sum()) * int(self.counts.max())
+
+
+class Sequential(Order):
+    """Rows as they lie in the store: part by part, column by column, item by item.
+
+    A pool is a run of columns of one part.
+    """
+
+    def __init__(
+        self,
+        *,
+        counts: Int64[np.ndarray, " P"],
+        columns: Int64[np.ndarray, " G"],
+        batch_size: int,
+        pool_batches: int = 8,
+    ) -> None:
+        super().__init__(counts=counts, columns=columns, batch_size=batch_size)
+        n_parts, n_columns = len(counts), len(columns)
+        wanted = -(-pool_batches * batch_size * n_parts * n_columns // self.rows)
+        self._runs = max(1, n_columns // wanted)
+        self.pools = n_parts * self._runs
+        self._items = np.concatenate([[0], np.cumsum(counts)])
+        self._tokens = np.concatenate([[0], np.cumsum(columns)])
+
+    def _edges(self, run: int) -> tuple[int, int]:
+        n = len(self.columns)
+        return run * n // self._runs, (run + 1) * n // self._runs
+
+    def _first_row(self, pool: int) -> int:
+        part, run = divmod(pool, self._runs)
+        whole = int(self._items[part]) * int(self._tokens[-1])
+        if not run:
+            return whole
+        return whole + int(self.counts[part]) * int(self._tokens[self._edges(run)[0]])
+
+    def _stripes(self, pool: int) -> tuple[Int64[np.ndarray, " J"], Int64[np.ndarray, " J"]]:
+        part, run = divmod(pool, self._runs)
+        column = np.arange(*self._edges(run), dtype=np.int64)
+        return np.full_like(column, part), column
+
+    def permutation(self, pool: int, rows: int) -> Int64[np.ndarray, " rows"]:
+        """Return the rows as they are."""
+        return np.arange(rows, dtype=np.int64)
+
+    @property
+    def max_pool_rows(self) -> int:
+        """See `Order.max_pool_rows`."""
+        runs = [self._edges(run) for run in range(self._runs)]
+        widest = max(int(self._tokens[b] - self._tokens[a]) for a, b in runs)
+        return int(self.counts.max()) * widest
 
 
 def streams_of(rank: int, world: int, streams: int) -> range:

@@ -1,0 +1,276 @@
+"""Fill pools from a store, one thread ahead of whoever empties them.
+
+Memory is `buffers` pools, allocated once and reused: memory touched for the first time costs ten
+times as much as memory that was used before.
+"""
+
+import dataclasses
+import functools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, Int64, Shaped
+
+from actstore import layout
+from actstore.commit import read_sidecar
+from actstore.crc import crc32c
+from actstore.manifest import ArraySpec
+from actstore.ranges import Request, damaged, open_ranges
+from actstore.sampling import Order, Pool
+from actstore.selection import Selection, Stripe
+
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
+"""Makes the memory of a pool."""
+
+
+def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Return ordinary memory, not touched yet."""
+    return np.empty(shape, dtype=dtype)
+
+
+class Buffer:
+    """Room for one pool: values [row, channel] of every site, item and token of every row."""
+
+    def __init__(self, selection: Selection, rows: int, make: Allocate) -> None:
+        dtype = layout.storage_dtype(selection.store.manifest.dtype)
+        widths = [s.stop - s.start for s in selection.slices.values()]
+        self.values: list[Shaped[np.ndarray, "row channel"]] = [
+            make((rows, width), dtype) for width in widths
+        ]
+        self.bytes = [v.reshape(-1).view(np.uint8).data for v in self.values]
+        self.item: Int64[np.ndarray, " row"] = make((rows,), np.dtype(np.int64))
+        self.token: Int32[np.ndarray, " row"] = make((rows,), np.dtype(np.int32))
+        self.rows = 0
+        """Rows of the pool that is in it."""
+        self.key: tuple[int, int] = (-1, -1)
+        """Epoch and number of the pool that is in it."""
+        self.order: Int64[np.ndarray, " row"] = np.zeros(0, dtype=np.int64)
+        """Order in which its rows are given out; set by whoever empties it."""
+        self.extra: Any = None
+        """Whatever `after_fill` left, for example a copy on a device."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """Where a request's bytes go."""
+
+    stripe: Stripe
+    first: int
+    """First row of the stripe in the pool."""
+    items: int
+    """Items taken."""
+    width: int
+    """Tokens of the column."""
+    rows: Any
+    """Which items of the stripe; None for the first ones."""
+    direct: bool
+    """Whether the bytes are rows of the pool as they are."""
+
+
+class Filler:
+    """Turns pools into requests and requests into rows."""
+
+    def __init__(self, selection: Selection, *, check: bool) -> None:
+        self._selection, self._check = selection, check
+        self._manifest = selection.store.manifest
+        if self._manifest.codec != "raw":
+            raise ValueError(
+                f"{selection.store.url} has the codec profile {self._manifest.codec!r}; shuffled "
+                "reading takes raw stores"
+            )
+        self._dtype = layout.storage_dtype(self._manifest.dtype)
+        self._ranges = open_ranges(selection.store.storage)
+        self._checksums = functools.lru_cache(1024)(self._read_checksums)
+        self._spans: dict[ArraySpec, list[list[int]]] = {}
+
+    def close(self) -> None:
+        """Give up files and threads."""
+        self._ranges.close()
+
+    def requests(self, pool: Pool) -> list[Request]:
+        """Return what has to be read for a pool, by object and offset."""
+        out: list[Request] = []
+        selection = self._selection
+        store_parts = selection.parts[pool.part].tolist()
+        counts = selection.counts[pool.part].tolist()
+        for part, count, column_index, first in zip(
+            store_parts, counts, pool.column.tolist(), pool.offset.tolist(), strict=False
+        ):
+            rows = selection.rows(part)
+            column = selection.columns[column_index]
+            out += [
+                self._request(part, count, rows, column.width, first, s) for s in column.stripes
+            ]
+        out.sort(key=_place_on_disk)
+        return out
+
+    def _request(
+        self, part: int, count: int, rows: Any, width: int, first: int, stripe: Stripe
+    ) -> Request:
+        array = stripe.array
+        if array not in self._spans:
+            self._spans[array] = layout.raw_spans(self._manifest, array).tolist()
+        offset, length = self._spans[array][stripe.index]
+        span = count if rows is None else int(rows[-1]) + 1
+        per_item = length // self._manifest.items_per_part
+        whole = span * per_item == length
+        direct = rows is None and len(stripe.tokens) == width == array.stripe_tokens
+        if self._check and not whole:
+            span, direct = self._manifest.items_per_part, False
+        target = Target(
+            stripe=stripe, first=first, items=count, width=width, rows=rows, direct=direct
+        )
+        return Request(
+            path=layout.shard_path(array, part),
+            part=part,
+            offset=offset,
+            length=span * per_item,
+            tag=target,
+        )
+
+    def fill(
+        self, buffer: Buffer, pool: Pool, requests: list[Request], upcoming: list[Request]
+    ) -> None:
+        """Read a pool into a buffer."""
+        self._label(buffer, pool)
+        self._ranges.read(
+            requests,
+            functools.partial(self._place, buffer),
+            functools.partial(self._done, buffer),
+            upcoming,
+        )
+
+    def _label(self, buffer: Buffer, pool: Pool) -> None:
+        """Write item and token of every row."""
+        selection, size = self._selection, self._manifest.items_per_part
+        edges = pool.offset.tolist()
+        parts = selection.parts[pool.part].tolist()
+        for j, (part, g) in enumerate(zip(parts, pool.column.tolist(), strict=True)):
+            column = selection.columns[g]
+            rows = selection.rows(part)
+            n = (edges[j + 1] - edges[j]) // column.width
+            item = np.arange(part * size, part * size + n) if rows is None else part * size + rows
+            shape = (n, column.width)
+            buffer.item[edges[j] : edges[j + 1]].reshape(shape)[:] = item[:, None]
+            buffer.token[edges[j] : edges[j + 1]].reshape(shape)[:] = column.token
+        buffer.rows = pool.rows
+
+    def _place(self, buffer: Buffer, request: Request) -> memoryview | None:
+        target: Target = request.tag
+        if not target.direct:
+            return None
+        array = target.stripe.array
+        start = target.first * array.channels * self._dtype.itemsize
+        return buffer.bytes[target.stripe.site][start : start + request.length]
+
+    def _done(self, buffer: Buffer, request: Request, view: memoryview) -> None:
+        target: Target = request.tag
+        stripe = target.stripe
+        if self._check:
+            expected = self._checksums(request.part)[stripe.array][stripe.index]
+            if crc32c(view) != int(expected):
+                raise damaged(self._selection.store.storage, request, stripe.index)
+        if target.direct:
+            return
+        t, d = stripe.array.stripe_tokens, stripe.array.channels
+        values = np.frombuffer(view, dtype=self._dtype).reshape(-1, t, d)
+        last = target.first + target.items * target.width
+        out = buffer.values[stripe.site][target.first : last].reshape(-1, target.width, d)
+        for token, slot in zip(stripe.tokens, stripe.slots, strict=True):
+            if target.rows is None:
+                out[:, slot] = values[: target.items, token]
+            else:
+                out[:, slot] = values[target.rows, token]
+
+    def _read_checksums(self, part: int) -> dict[ArraySpec, np.ndarray]:
+        store = self._selection.store
+        sidecar = read_sidecar(store.storage, store.commit(part))
+        return {a: sidecar.checksums(a) for a in self._manifest.arrays}
+
+
+def _place_on_disk(request: Request) -> tuple[str, int]:
+    return request.path, request.offset
+
+
+class PoolThread:
+    """Fills pools in the order of `loads`, at most `buffers` of them before one is given back."""
+
+    def __init__(
+        self,
+        selection: Selection,
+        loads: Iterator[tuple[Order, int, int]],
+        *,
+        buffers: int,
+        rows: int,
+        make: Allocate = allocate,
+        check: bool = False,
+        after_fill: Callable[[Buffer], None] | None = None,
+    ) -> None:
+        self._free: queue.SimpleQueue[Buffer | None] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[Buffer | BaseException] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        for _ in range(buffers):
+            self._free.put(Buffer(selection, rows, make))
+        filler = Filler(selection, check=check)
+        arguments = (filler, loads, self._free, self._full, self._stop, after_fill)
+        self._thread = threading.Thread(
+            target=_run, args=arguments, name="actstore-reader", daemon=True
+        )
+        self._thread.start()
+
+    def take(self) -> Buffer:
+        """Return the next pool, waiting for it; raise what went wrong while reading it."""
+        item = self._full.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def give_back(self, buffer: Buffer) -> None:
+        """Let a buffer be filled again."""
+        buffer.extra = None
+        self._free.put(buffer)
+
+    def close(self) -> None:
+        """Stop the thread; it finishes the pool it is reading."""
+        self._stop.set()
+        self._free.put(None)
+        self._thread.join()
+
+
+def _run(
+    filler: Filler,
+    loads: Iterator[tuple[Order, int, int]],
+    free: "queue.SimpleQueue[Buffer | None]",
+    full: "queue.SimpleQueue[Buffer | BaseException]",
+    stop: threading.Event,
+    after_fill: Callable[[Buffer], None] | None,
+) -> None:
+    try:
+        plans = _plans(filler, loads)
+        now = next(plans, None)
+        while now is not None:
+            key, pool, requests = now
+            now = next(plans, None)
+            buffer = free.get()
+            if buffer is None or stop.is_set():
+                return
+            filler.fill(buffer, pool, requests, now[2] if now else [])
+            buffer.key = key
+            if after_fill is not None:
+                after_fill(buffer)
+            full.put(buffer)
+    except BaseException as error:  # handed to the consumer, which raises it
+        full.put(error)
+    finally:
+        filler.close()
+
+
+def _plans(
+    filler: Filler, loads: Iterator[tuple[Order, int, int]]
+) -> Iterator[tuple[tuple[int, int], Pool, list[Request]]]:
+    for order, epoch, index in loads:
+        pool = order.pool(index)
+        yield (epoch, index), pool, filler.requests(pool)

@@ -1,0 +1,218 @@
+"""Read many byte ranges of a store's objects into given memory.
+
+`LocalRanges` serves files: positioned reads, no kernel read-ahead on the random pattern, and
+explicit look-ahead over the next requests instead (measured: many large reads at random offsets
+of one descriptor defeat the kernel's own read-ahead; WILLNEED over 32 stripes restores 2.4 GB/s).
+`StorageRanges` serves any other storage, many requests in flight.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from actstore.manifest import FormatError
+from actstore.storage import LocalStorage, Storage
+
+LOOK_AHEAD = 32
+"""Requests the kernel is told of before they are read."""
+
+MAX_OPEN = 256
+"""Files kept open."""
+
+IN_FLIGHT = 16
+"""Requests under way at once where the storage is remote."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One range of one object."""
+
+    path: str
+    """Object, relative to the store."""
+    part: int
+    """Part it belongs to."""
+    offset: int
+    """First byte."""
+    length: int
+    """Bytes."""
+    tag: Any
+    """What the caller wants to know it by."""
+
+
+Place = Callable[[Request], memoryview | None]
+"""Gives the memory a request is read into; None borrows some until the request is done."""
+
+Done = Callable[[Request, memoryview], None]
+"""Called with the bytes of a request once they are there."""
+
+
+class Ranges(Protocol):
+    """Reads requests; used by one thread."""
+
+    def read(
+        self, requests: Sequence[Request], place: Place, done: Done, upcoming: Sequence[Request]
+    ) -> None:
+        """Fulfil every request; `upcoming` ones will probably come next.
+
+        Raises
+        ------
+        FileNotFoundError, FormatError
+            When an object is missing or ends early; the message names part and remedy.
+        """
+
+    def close(self) -> None:
+        """Give up files and threads."""
+
+
+class LocalRanges:
+    """Ranges of local files."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._open: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._scratch = np.empty(0, dtype=np.uint8)
+
+    def read(
+        self, requests: Sequence[Request], place: Place, done: Done, upcoming: Sequence[Request]
+    ) -> None:
+        """See `Ranges.read`."""
+        ahead = itertools.chain(requests, upcoming)
+        for request in itertools.islice(ahead, LOOK_AHEAD):
+            self._advise(request)
+        for request in requests:
+            for later in itertools.islice(ahead, 1):
+                self._advise(later)
+            view = place(request)
+            if view is None:
+                if len(self._scratch) < request.length:
+                    self._scratch = np.empty(request.length, dtype=np.uint8)
+                view = self._scratch.data[: request.length]
+            self._fill(request, view)
+            done(request, view)
+
+    def close(self) -> None:
+        """See `Ranges.close`."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _fill(self, request: Request, view: memoryview) -> None:
+        try:
+            descriptor = self._descriptor(request.path)
+        except FileNotFoundError as error:
+            raise missing(self._storage, request) from error
+        start = 0
+        while start < request.length:
+            count = os.preadv(descriptor, [view[start:]], request.offset + start)
+            if not count:
+                raise truncated(self._storage, request, start)
+            start += count
+
+    def _advise(self, request: Request) -> None:
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(FileNotFoundError):  # reported when its turn comes
+                descriptor = self._descriptor(request.path)
+                os.posix_fadvise(descriptor, request.offset, request.length, os.POSIX_FADV_WILLNEED)
+
+    def _descriptor(self, path: str) -> int:
+        descriptor = self._open.get(path)
+        if descriptor is not None:
+            self._open.move_to_end(path)
+            return descriptor
+        while len(self._open) >= MAX_OPEN:
+            os.close(self._open.popitem(last=False)[1])
+        descriptor = os.open(self._storage.uri(path), os.O_RDONLY | os.O_CLOEXEC)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        self._open[path] = descriptor
+        return descriptor
+
+
+class StorageRanges:
+    """Ranges of any storage, `IN_FLIGHT` of them at once."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._threads = concurrent.futures.ThreadPoolExecutor(IN_FLIGHT, "actstore-range")
+
+    def read(
+        self, requests: Sequence[Request], place: Place, done: Done, upcoming: Sequence[Request]
+    ) -> None:
+        """See `Ranges.read`; `upcoming` is not used."""
+        del upcoming
+        for request, data in self._fetch(requests):
+            if len(data) != request.length:
+                raise truncated(self._storage, request, len(data))
+            view = place(request)
+            if view is None:
+                view = memoryview(data)
+            else:
+                view[:] = data
+            done(request, view)
+
+    def close(self) -> None:
+        """See `Ranges.close`."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _fetch(self, requests: Sequence[Request]) -> Iterator[tuple[Request, bytes]]:
+        """Yield requests with their bytes, in order, while later ones are under way."""
+        todo = iter(requests)
+        pending: collections.deque[tuple[Request, concurrent.futures.Future[bytes]]]
+        pending = collections.deque()
+
+        def submit(count: int) -> None:
+            for request in itertools.islice(todo, count):
+                job = self._threads.submit(
+                    self._storage.read_range, request.path, request.offset, request.length
+                )
+                pending.append((request, job))
+
+        submit(IN_FLIGHT)
+        try:
+            while pending:
+                request, job = pending.popleft()
+                try:
+                    data = job.result()
+                except FileNotFoundError as error:
+                    raise missing(self._storage, request) from error
+                submit(1)
+                yield request, data
+        finally:
+            for _, job in pending:
+                job.cancel()
+
+
+def open_ranges(storage: Storage) -> Ranges:
+    """Return what reads ranges of a storage fastest."""
+    return LocalRanges(storage) if isinstance(storage, LocalStorage) else StorageRanges(storage)
+
+
+def missing(storage: Storage, request: Request) -> FileNotFoundError:
+    """Return the error for a committed part whose object is gone."""
+    return FileNotFoundError(
+        f"{storage.uri(request.path)} is missing although part {request.part} is committed; "
+        f"`actstore repair {storage.url}` harvests the part again"
+    )
+
+
+def truncated(storage: Storage, request: Request, found: int) -> FormatError:
+    """Return the error for an object that ends inside of a stripe."""
+    return FormatError(
+        f"{storage.uri(request.path)} of part {request.part} is truncated: it ends at byte "
+        f"{request.offset + found} and a stripe reaches {request.offset + request.length}; "
+        f"`actstore repair {storage.url}` harvests the part again"
+    )
+
+
+def damaged(storage: Storage, request: Request, stripe: int) -> FormatError:
+    """Return the error for a stripe whose checksum is wrong."""
+    return FormatError(
+        f"{storage.uri(request.path)} of part {request.part} is damaged: the checksum of stripe "
+        f"{stripe} differs; `actstore repair {storage.url}` harvests the part again"
+    )

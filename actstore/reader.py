@@ -1,0 +1,447 @@
+"""Read a store: shuffled batches, one pass in order, whole items.
+
+    rows   acts [B, sum d] | item [B] | token [B]      sites side by side in the channels
+
+`sampling` says what to read and how to cut it, `pools` reads it one thread ahead, and this
+module gathers batches. Nothing here needs torch; `actstore.loader` gives tensors.
+"""
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from jaxtyping import Float, Int, Int64, Shaped
+
+from actstore import layout
+from actstore.pools import Allocate, Buffer, PoolThread, allocate
+from actstore.ranges import Request, open_ranges
+from actstore.sampling import Epoch, Order, Sequential, streams_of
+from actstore.selection import Selection, Split
+
+if TYPE_CHECKING:
+    from actstore.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Rows of a store; arrays from `actstore.reader`, tensors from `actstore.loader`."""
+
+    acts: Any
+    """Activations [B, sum d]."""
+    item: Any
+    """Store position of every row's item, int64 [B]; see column `position` of the index."""
+    token: Any
+    """Token number in the site's full token order, int32 [B]."""
+    slices: dict[str, slice]
+    """Channels of each site in `acts`."""
+
+    def __len__(self) -> int:
+        return len(self.acts)
+
+    def site(self, name: str) -> Any:
+        """Return the activations of one site, [B, d], a view."""
+        return self.acts[:, self.slices[name]]
+
+
+class Sink(Protocol):
+    """Where the rows of a batch go."""
+
+    def begin(self, rows: int) -> None:
+        """Start a batch of so many rows."""
+
+    def take(self, buffer: Buffer, rows: Int64[np.ndarray, " n"], first: int) -> None:
+        """Copy rows of a pool to the batch, from row `first` on."""
+
+    def finish(self) -> Batch:
+        """Return the batch."""
+
+
+class Recycler:
+    """Gives out arrays and takes them back as soon as nobody looks at them any more.
+
+    Memory touched for the first time costs ten times as much, so a batch lives in memory of an
+    earlier one, once all arrays and tensors that share it are gone.
+    """
+
+    def __init__(self, width: int, dtype: Any, limit: int = 4) -> None:
+        self._width, self._dtype, self._limit = width, dtype, limit
+        self._arrays: list[np.ndarray] = []
+
+    def get(self, rows: int) -> Shaped[np.ndarray, "rows width"]:
+        """Return an array with undefined content."""
+        for array in self._arrays:
+            # seen by the list, the loop and the argument: by nobody outside
+            if len(array) >= rows and sys.getrefcount(array) <= 3:
+                return array[:rows]
+        array = np.empty((rows, self._width), dtype=self._dtype)
+        if len(self._arrays) >= self._limit:
+            self._arrays.pop(0)
+        self._arrays.append(array)
+        return array[:rows]
+
+
+class NumpySink:
+    """Batches as arrays, in the stored dtype or another."""
+
+    def __init__(self, selection: Selection, dtype: Any) -> None:
+        self._slices = selection.slices
+        self._stored = selection.store.manifest.dtype
+        self._recycler = Recycler(selection.width, dtype)
+        self._plain = np.dtype(dtype) == layout.storage_dtype(self._stored) and (
+            self._stored in ("float16", "float32")
+        )
+
+    def begin(self, rows: int) -> None:
+        """See `Sink.begin`."""
+        self._acts = self._recycler.get(rows)
+        self._item = np.empty(rows, dtype=np.int64)
+        self._token = np.empty(rows, dtype=np.int32)
+
+    def take(self, buffer: Buffer, rows: Int64[np.ndarray, " n"], first: int) -> None:
+        """See `Sink.take`."""
+        last = first + len(rows)
+        for channels, values in zip(self._slices.values(), buffer.values, strict=True):
+            out = self._acts[first:last, channels]
+            if self._plain and out.flags.c_contiguous:
+                np.take(values, rows, axis=0, out=out, mode="clip")
+            elif self._plain:
+                out[:] = values[rows]
+            else:
+                out[:] = layout.from_stored(values[rows], self._stored)
+        np.take(buffer.item, rows, out=self._item[first:last], mode="clip")
+        np.take(buffer.token, rows, out=self._token[first:last], mode="clip")
+
+    def finish(self) -> Batch:
+        """See `Sink.finish`."""
+        batch = Batch(acts=self._acts, item=self._item, token=self._token, slices=self._slices)
+        del self._acts, self._item, self._token
+        return batch
+
+
+class Run:
+    """Batches of some streams of consecutive epochs, from any batch on.
+
+    Parameters
+    ----------
+    selection
+        What to read.
+    order_of
+        Order of each epoch; all have the same number of batches.
+    streams
+        Canonical streams of this rank.
+    first, last
+        Global batch numbers, over all epochs; `last` is exclusive, None goes on for ever.
+    per_epoch
+        Batches taken of an epoch; all of them by default.
+    check
+        Verify checksums.
+    make
+        Makes the memory of the pools.
+    after_fill
+        Called by the reading thread with every filled pool.
+    """
+
+    def __init__(
+        self,
+        selection: Selection,
+        order_of: Callable[[int], Order],
+        *,
+        streams: range,
+        first: int,
+        last: int | None,
+        per_epoch: int | None = None,
+        check: bool = False,
+        make: Allocate = allocate,
+        after_fill: Callable[[Buffer], None] | None = None,
+    ) -> None:
+        self.selection, self.streams = selection, streams
+        self._order_of = _last_two(order_of)
+        self._first, self._last = first, last
+        order = self._order_of(0)
+        self._batches = per_epoch or order.batches
+        self._check, self._make, self._after_fill = check, make, after_fill
+        self.pool_rows = order.max_pool_rows
+        """Rows a buffer has room for."""
+        self.buffers = 2 * len(streams)
+        """Pools in memory."""
+        if not selection.store.is_complete:
+            logger.warning(
+                "%s is incomplete: reading the %d committed of %d parts",
+                selection.store.url,
+                int((selection.store.part_items >= 0).sum()),
+                selection.store.manifest.n_parts,
+            )
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the pools, what the reader holds besides single batches."""
+        return self.buffers * self.pool_rows * (self.selection.row_bytes + 12)
+
+    def _steps(self) -> Iterator[tuple[Order, int, int]]:
+        """Yield order, epoch and batch within the epoch."""
+        number = self._first
+        while self._last is None or number < self._last:
+            epoch, batch = divmod(number, self._batches)
+            yield self._order_of(epoch), epoch, batch
+            number += 1
+
+    def _loads(self) -> Iterator[tuple[Order, int, int]]:
+        """Yield the pools in the order in which `batches` needs them."""
+        held: dict[int, tuple[int, int]] = {}
+        for order, epoch, batch in self._steps():
+            for stream in self.streams:
+                for cut in order.cut(batch, stream):
+                    if held.get(stream) != (epoch, cut.pool):
+                        held[stream] = (epoch, cut.pool)
+                        yield order, epoch, cut.pool
+
+    def batches(self, sink: Sink) -> Iterator[Batch]:
+        """Yield the batches; closing the iterator stops the reading thread."""
+        thread = PoolThread(
+            self.selection,
+            self._loads(),
+            buffers=self.buffers,
+            rows=self.pool_rows,
+            check=self._check,
+            make=self._make,
+            after_fill=self._after_fill,
+        )
+        held: dict[int, Buffer] = {}
+        try:
+            for order, epoch, batch in self._steps():
+                cuts = [
+                    (stream, cut) for stream in self.streams for cut in order.cut(batch, stream)
+                ]
+                sink.begin(sum(cut.stop - cut.start for _, cut in cuts))
+                at = 0
+                for stream, cut in cuts:
+                    buffer = held.get(stream)
+                    if buffer is not None and buffer.key != (epoch, cut.pool):
+                        thread.give_back(held.pop(stream))
+                        buffer = None
+                    if buffer is None:
+                        buffer = held[stream] = thread.take()
+                        buffer.order = order.permutation(cut.pool, buffer.rows)
+                    sink.take(buffer, buffer.order[cut.start : cut.stop], at)
+                    at += cut.stop - cut.start
+                    if cut.stop == buffer.rows:
+                        thread.give_back(held.pop(stream))
+                yield sink.finish()
+        finally:
+            thread.close()
+
+
+def _last_two(order_of: Callable[[int], Order]) -> Callable[[int], Order]:
+    """Remember the orders of the two epochs in use: the thread may be one ahead."""
+    known: dict[int, Order] = {}
+
+    def get(epoch: int) -> Order:
+        order = known.get(epoch)
+        if order is None:
+            for old in [e for e in known if abs(e - epoch) > 1]:
+                known.pop(old, None)
+            order = known[epoch] = order_of(epoch)
+        return order
+
+    return get
+
+
+def epochs_of(
+    selection: Selection, batch_size: int, *, seed: int, streams: int
+) -> Callable[[int], Order]:
+    """Return the shuffled order of each epoch over a selection."""
+    columns = np.array([column.width for column in selection.columns], dtype=np.int64)
+
+    def order(epoch: int) -> Order:
+        return Epoch(
+            counts=selection.counts,
+            columns=columns,
+            batch_size=batch_size,
+            seed=seed,
+            epoch=epoch,
+            streams=streams,
+        )
+
+    return order
+
+
+def _output_dtype(store: "Store", dtype: Any) -> np.dtype[Any]:
+    stored = store.manifest.dtype
+    if dtype is None:
+        return np.dtype(stored if stored in ("float16", "float32") else "float32")
+    wanted: np.dtype[Any] = np.dtype(dtype)
+    if wanted.kind != "f":
+        raise ValueError(f"batches have a floating point dtype, not {wanted}; see `dtype=`")
+    return wanted
+
+
+def batches(
+    store: "Store",
+    sites: str | Sequence[str],
+    batch_size: int,
+    *,
+    tokens: str | Sequence[str] | None = None,
+    positions: Sequence[int] | None = None,
+    items: Split | Int[np.ndarray, " n"] | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    start: int = 0,
+    streams: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    dtype: Any = None,
+    check: bool = False,
+) -> Iterator[Batch]:
+    """Iterate over one epoch in shuffled order, every row once.
+
+    Parameters
+    ----------
+    store
+        The store; only parts that were committed when it was opened are read.
+    sites
+        Sites side by side in the channels: a name, names separated by commas, or a sequence.
+    batch_size
+        Rows of a global batch, shared by the ranks; the last one may be short.
+    tokens
+        Token kinds, ``"cls,patch"`` or a sequence; None takes every kind stored.
+    positions
+        Token numbers, in the site's full token order, to keep.
+    items
+        A `Split`, store positions, or a mask over store positions; None takes all.
+    seed, epoch
+        Key of the order.
+    start
+        Global batch of the epoch to begin with.
+    streams, rank, world
+        Canonical streams, and which share of them this process reads. The union of all ranks'
+        batches at a step is the same for every `world` that divides `streams`.
+    dtype
+        Of the values; by default as stored, float32 for bfloat16 and int8.
+    check
+        Verify the checksum of every stripe.
+
+    Yields
+    ------
+    Batch
+        Arrays; their memory is reused once nothing refers to it.
+
+    Raises
+    ------
+    KeyError, ValueError
+        When what is asked for is not there, before anything is read.
+    FormatError, FileNotFoundError
+        When an object of a committed part is damaged or missing; the message names the part.
+    """
+    selection = Selection(store, sites, tokens=tokens, positions=positions, items=items)
+    mine = streams_of(rank, world, streams)
+    order = epochs_of(selection, batch_size, seed=seed, streams=streams)(epoch)
+    if not 0 <= start <= order.batches:
+        raise ValueError(f"start {start} must lie in 0..{order.batches}, the batches of an epoch")
+    sink = NumpySink(selection, _output_dtype(store, dtype))
+    run = Run(
+        selection, lambda _: order, streams=mine, first=start, last=order.batches, check=check
+    )
+    return run.batches(sink)
+
+
+def sequential(
+    store: "Store",
+    sites: str | Sequence[str],
+    batch_size: int,
+    *,
+    tokens: str | Sequence[str] | None = None,
+    positions: Sequence[int] | None = None,
+    items: Split | Int[np.ndarray, " n"] | None = None,
+    start: int = 0,
+    dtype: Any = None,
+    check: bool = False,
+) -> Iterator[Batch]:
+    """Iterate once over the rows as they lie in the store: by part, token, item.
+
+    For evaluation: no order to mix, and the same rows in the same batches every time.
+    Parameters, result and errors are those of `batches`.
+    """
+    selection = Selection(store, sites, tokens=tokens, positions=positions, items=items)
+    columns = np.array([column.width for column in selection.columns], dtype=np.int64)
+    order = Sequential(counts=selection.counts, columns=columns, batch_size=batch_size)
+    if not 0 <= start <= order.batches:
+        raise ValueError(f"start {start} must lie in 0..{order.batches}, the batches of a pass")
+    run = Run(
+        selection, lambda _: order, streams=range(1), first=start, last=order.batches, check=check
+    )
+    return run.batches(NumpySink(selection, _output_dtype(store, dtype)))
+
+
+def items(
+    store: "Store", positions: Any, site: str, kind: str, *, dtype: Any = None
+) -> Float[np.ndarray, "item token channel"]:
+    """Return whole items by store position, in the order asked for.
+
+    Parameters
+    ----------
+    store
+        The store.
+    positions
+        Store positions, as in column `position` of the index; one integer gives one item.
+    site, kind
+        Which array.
+    dtype
+        Of the values; by default as stored, float32 for bfloat16 and int8.
+
+    Raises
+    ------
+    ValueError
+        When a position is not in the store.
+    """
+    array = store.spec(site, kind)
+    wanted = np.atleast_1d(np.asarray(positions))
+    if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
+        raise ValueError(f"positions must be integers [n]; got {wanted.dtype} {wanted.shape}")
+    size = store.manifest.items_per_part
+    part, row = np.divmod(wanted.astype(np.int64), size)
+    known = (wanted >= 0) & (part < store.manifest.n_parts)
+    known[known] = row[known] < store.part_items[part[known]]
+    if not known.all():
+        raise ValueError(
+            f"{store.url} holds no item at position {wanted[~known][0]}: it was skipped, or its "
+            "part is not committed; take positions from column `position` of `store.table()`"
+        )
+    stored = layout.storage_dtype(store.manifest.dtype)
+    shape = (len(wanted), array.n_stripes, array.stripe_tokens, array.channels)
+    out = np.empty(shape, dtype=stored)
+    flat = out.reshape(-1).view(np.uint8).data
+    cell = array.stripe_tokens * array.channels * stored.itemsize
+    spans = layout.raw_spans(store.manifest, array)[:, 0].tolist()
+    requests = []
+    for i in np.lexsort((row, part)).tolist():
+        path = layout.shard_path(array, int(part[i]))
+        for stripe, offset in enumerate(spans):
+            requests.append(
+                Request(
+                    path=path,
+                    part=int(part[i]),
+                    offset=offset + int(row[i]) * cell,
+                    length=cell,
+                    tag=(i * array.n_stripes + stripe) * cell,
+                )
+            )
+    ranges = open_ranges(store.storage)
+    try:
+        ranges.read(
+            requests,
+            lambda request: flat[request.tag : request.tag + cell],
+            lambda request, view: None,
+            (),
+        )
+    finally:
+        ranges.close()
+    values = out.reshape(len(wanted), array.tokens, array.channels)
+    if dtype is None and store.manifest.dtype in ("float16", "float32"):
+        return values
+    target = _output_dtype(store, dtype)
+    return layout.from_stored(values, store.manifest.dtype).astype(target, copy=False)
