@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Int, Int64
 
 from actstore import layout
+from actstore.batching import Batch, Recycler, Run
 from actstore.normalise import affine
 from actstore.pools import Allocate, Buffer, allocate
-from actstore.reader import Batch, Recycler, Run, epochs_of
+from actstore.reader import epochs_of
 from actstore.sampling import streams_of
 from actstore.selection import Selection, Split
 
@@ -229,14 +230,14 @@ class _HostSink:
         self._block = _as_stored(raw, self._stored).view(-1)
 
     def begin(self, rows: int) -> None:
-        """See `actstore.reader.Sink.begin`."""
+        """See `actstore.batching.Sink.begin`."""
         acts = torch.from_numpy(self._recycler.get(rows))
         self._acts = acts.view(torch.bfloat16) if self._dtype is torch.bfloat16 else acts
         self._item = torch.empty(rows, dtype=torch.int64)
         self._token = torch.empty(rows, dtype=torch.int32)
 
     def take(self, buffer: Buffer, rows: Int64[np.ndarray, " n"], first: int) -> None:
-        """See `actstore.reader.Sink.take`."""
+        """See `actstore.batching.Sink.take`."""
         index = torch.from_numpy(rows)
         last = first + len(rows)
         for channels, values in zip(self._slices.values(), buffer.values, strict=True):
@@ -264,7 +265,7 @@ class _HostSink:
                 part.copy_(block.float().sub_(shift).mul_(scale))
 
     def finish(self) -> Batch:
-        """See `actstore.reader.Sink.finish`."""
+        """See `actstore.batching.Sink.finish`."""
         acts, item, token = (
             v if self._device.type == "cpu" else v.to(self._device)
             for v in (self._acts, self._item, self._token)
@@ -293,7 +294,9 @@ class _DeviceSink:
     ) -> None:
         self._slices, self._stored = selection.slices, selection.store.manifest.dtype
         self._device, self._dtype, self._affine = device, dtype, pair
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: Any = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def upload(self, buffer: Buffer) -> None:
         """Copy a filled pool to the device on the prefetch stream."""
@@ -305,19 +308,19 @@ class _DeviceSink:
             return
         with torch.cuda.stream(self._stream):
             copies = [v.to(self._device, non_blocking=True) for v in host]
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         buffer.extra = (copies, done)
         done.synchronize()  # the reading thread may fill this memory again
 
     def begin(self, rows: int) -> None:
-        """See `actstore.reader.Sink.begin`."""
+        """See `actstore.batching.Sink.begin`."""
         self._acts: list[torch.Tensor] = []
         self._item: list[torch.Tensor] = []
         self._token: list[torch.Tensor] = []
 
     def take(self, buffer: Buffer, rows: Int64[np.ndarray, " n"], first: int) -> None:
-        """See `actstore.reader.Sink.take`."""
+        """See `actstore.batching.Sink.take`."""
         copies, done = buffer.extra
         if done is not None:
             stream = torch.cuda.current_stream(self._device)
@@ -331,7 +334,7 @@ class _DeviceSink:
         self._token.append(token.index_select(0, index))
 
     def finish(self) -> Batch:
-        """See `actstore.reader.Sink.finish`."""
+        """See `actstore.batching.Sink.finish`."""
         acts = torch.cat(self._acts)
         if self._affine is not None:
             shift, scale = self._affine

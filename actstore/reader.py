@@ -6,83 +6,21 @@
 module gathers batches. Nothing here needs torch; `actstore.loader` gives tensors.
 """
 
-import dataclasses
-import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int, Int64, Shaped
+from jaxtyping import Float, Int, Int64
 
 from actstore import layout
-from actstore.pools import Allocate, Buffer, PoolThread, allocate
+from actstore.batching import Batch, Recycler, Run
+from actstore.pools import Buffer
 from actstore.ranges import Request, open_ranges
 from actstore.sampling import Epoch, Order, Sequential, streams_of
 from actstore.selection import Selection, Split
 
 if TYPE_CHECKING:
     from actstore.store import Store
-
-logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
-    """Rows of a store; arrays from `actstore.reader`, tensors from `actstore.loader`."""
-
-    acts: Any
-    """Activations [B, sum d]."""
-    item: Any
-    """Store position of every row's item, int64 [B]; see column `position` of the index."""
-    token: Any
-    """Token number in the site's full token order, int32 [B]."""
-    slices: dict[str, slice]
-    """Channels of each site in `acts`."""
-
-    def __len__(self) -> int:
-        return len(self.acts)
-
-    def site(self, name: str) -> Any:
-        """Return the activations of one site, [B, d], a view."""
-        return self.acts[:, self.slices[name]]
-
-
-class Sink(Protocol):
-    """Where the rows of a batch go."""
-
-    def begin(self, rows: int) -> None:
-        """Start a batch of so many rows."""
-
-    def take(self, buffer: Buffer, rows: Int64[np.ndarray, " n"], first: int) -> None:
-        """Copy rows of a pool to the batch, from row `first` on."""
-
-    def finish(self) -> Batch:
-        """Return the batch."""
-
-
-class Recycler:
-    """Gives out arrays and takes them back as soon as nobody looks at them any more.
-
-    Memory touched for the first time costs ten times as much, so a batch lives in memory of an
-    earlier one, once all arrays and tensors that share it are gone.
-    """
-
-    def __init__(self, width: int, dtype: Any, limit: int = 4) -> None:
-        self._width, self._dtype, self._limit = width, dtype, limit
-        self._arrays: list[np.ndarray] = []
-
-    def get(self, rows: int) -> Shaped[np.ndarray, "rows width"]:
-        """Return an array with undefined content."""
-        for array in self._arrays:
-            # seen by the list, the loop and the argument: by nobody outside
-            if len(array) >= rows and sys.getrefcount(array) <= 3:
-                return array[:rows]
-        array = np.empty((rows, self._width), dtype=self._dtype)
-        if len(self._arrays) >= self._limit:
-            self._arrays.pop(0)
-        self._arrays.append(array)
-        return array[:rows]
 
 
 class NumpySink:
@@ -121,134 +59,6 @@ class NumpySink:
         batch = Batch(acts=self._acts, item=self._item, token=self._token, slices=self._slices)
         del self._acts, self._item, self._token
         return batch
-
-
-class Run:
-    """Batches of some streams of consecutive epochs, from any batch on.
-
-    Parameters
-    ----------
-    selection
-        What to read.
-    order_of
-        Order of each epoch; all have the same number of batches.
-    streams
-        Canonical streams of this rank.
-    first, last
-        Global batch numbers, over all epochs; `last` is exclusive, None goes on for ever.
-    per_epoch
-        Batches taken of an epoch; all of them by default.
-    check
-        Verify checksums.
-    make
-        Makes the memory of the pools.
-    after_fill
-        Called by the reading thread with every filled pool.
-    """
-
-    def __init__(
-        self,
-        selection: Selection,
-        order_of: Callable[[int], Order],
-        *,
-        streams: range,
-        first: int,
-        last: int | None,
-        per_epoch: int | None = None,
-        check: bool = False,
-        make: Allocate = allocate,
-        after_fill: Callable[[Buffer], None] | None = None,
-    ) -> None:
-        self.selection, self.streams = selection, streams
-        self._order_of = _last_two(order_of)
-        self._first, self._last = first, last
-        order = self._order_of(0)
-        self._batches = per_epoch or order.batches
-        self._check, self._make, self._after_fill = check, make, after_fill
-        self.pool_rows = order.max_pool_rows
-        """Rows a buffer has room for."""
-        self.buffers = 2 * len(streams)
-        """Pools in memory."""
-        if not selection.store.is_complete:
-            logger.warning(
-                "%s is incomplete: reading the %d committed of %d parts",
-                selection.store.url,
-                int((selection.store.part_items >= 0).sum()),
-                selection.store.manifest.n_parts,
-            )
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of the pools, what the reader holds besides single batches."""
-        return self.buffers * self.pool_rows * (self.selection.row_bytes + 12)
-
-    def _steps(self) -> Iterator[tuple[Order, int, int]]:
-        """Yield order, epoch and batch within the epoch."""
-        number = self._first
-        while self._last is None or number < self._last:
-            epoch, batch = divmod(number, self._batches)
-            yield self._order_of(epoch), epoch, batch
-            number += 1
-
-    def _loads(self) -> Iterator[tuple[Order, int, int]]:
-        """Yield the pools in the order in which `batches` needs them."""
-        held: dict[int, tuple[int, int]] = {}
-        for order, epoch, batch in self._steps():
-            for stream in self.streams:
-                for cut in order.cut(batch, stream):
-                    if held.get(stream) != (epoch, cut.pool):
-                        held[stream] = (epoch, cut.pool)
-                        yield order, epoch, cut.pool
-
-    def batches(self, sink: Sink) -> Iterator[Batch]:
-        """Yield the batches; closing the iterator stops the reading thread."""
-        thread = PoolThread(
-            self.selection,
-            self._loads(),
-            buffers=self.buffers,
-            rows=self.pool_rows,
-            check=self._check,
-            make=self._make,
-            after_fill=self._after_fill,
-        )
-        held: dict[int, Buffer] = {}
-        try:
-            for order, epoch, batch in self._steps():
-                cuts = [
-                    (stream, cut) for stream in self.streams for cut in order.cut(batch, stream)
-                ]
-                sink.begin(sum(cut.stop - cut.start for _, cut in cuts))
-                at = 0
-                for stream, cut in cuts:
-                    buffer = held.get(stream)
-                    if buffer is not None and buffer.key != (epoch, cut.pool):
-                        thread.give_back(held.pop(stream))
-                        buffer = None
-                    if buffer is None:
-                        buffer = held[stream] = thread.take()
-                        buffer.order = order.permutation(cut.pool, buffer.rows)
-                    sink.take(buffer, buffer.order[cut.start : cut.stop], at)
-                    at += cut.stop - cut.start
-                    if cut.stop == buffer.rows:
-                        thread.give_back(held.pop(stream))
-                yield sink.finish()
-        finally:
-            thread.close()
-
-
-def _last_two(order_of: Callable[[int], Order]) -> Callable[[int], Order]:
-    """Remember the orders of the two epochs in use: the thread may be one ahead."""
-    known: dict[int, Order] = {}
-
-    def get(epoch: int) -> Order:
-        order = known.get(epoch)
-        if order is None:
-            for old in [e for e in known if abs(e - epoch) > 1]:
-                known.pop(old, None)
-            order = known[epoch] = order_of(epoch)
-        return order
-
-    return get
 
 
 def epochs_of(
