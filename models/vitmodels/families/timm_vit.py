@@ -35,7 +35,9 @@ class PositionTap(Tap):
     """A learned position embedding, repeated over the batch; its edits shift the embedding."""
 
     model: Any
-    """Has the parameter ``pos_embed``: ``[1, tokens, D]``."""
+    """Has the parameter: ``[1, tokens, D]`` or ``[tokens, D]``."""
+    attribute: str = "pos_embed"
+    """Its name."""
     after: nn.Module
     """Module that takes the embedded tokens."""
     skip: int
@@ -46,7 +48,7 @@ class PositionTap(Tap):
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             tokens = args[0]
-            value = self.model.pos_embed.expand(tokens.shape[0], -1, -1)
+            value = getattr(self.model, self.attribute).expand(tokens.shape[0], -1, -1)
             new = wire(value)
             if not wire.writes:
                 return None
