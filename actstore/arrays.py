@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Shaped
@@ -18,6 +19,10 @@ from actstore.writer import PartBuffer, write_part
 
 STRIPE_BYTES = 400_000
 """Stripe the layout aims at on local disk, in bytes."""
+
+
+_DIGEST_ITEMS = 256
+"""Items read at a time to sum them."""
 
 
 def default_items_per_part(items: int, channels: int, itemsize: int) -> int:
@@ -78,7 +83,9 @@ def write_arrays(
     items = next(iter(counts.values()))
     dtype = dtype or _common_dtype(list(values.values()))
     widest = max(v.shape[2] for v in values.values())
-    size = items_per_part or default_items_per_part(items, widest, ITEM_SIZE.get(dtype, 4))
+    size = items_per_part
+    if size is None:
+        size = default_items_per_part(items, widest, ITEM_SIZE.get(dtype, 4))
     specs: dict[ArraySpec, np.ndarray] = {}
     sites: dict[str, Any] = {}
     for site, kinds in arrays.items():
@@ -103,7 +110,7 @@ def write_arrays(
         dtype=dtype,
         sites=sites,
         order=order,
-        data={"kind": "arrays"},
+        data={"kind": "arrays", "items": items, "fingerprint": _digest(specs)},
     )
     columns = _columns(table, items)
     storage = open_storage(url, storage_options)
@@ -126,6 +133,18 @@ def write_arrays(
         write_part(storage, manifest, part, buffer, rows)
     done.refresh()
     return done
+
+
+def _digest(specs: Mapping[ArraySpec, np.ndarray]) -> str:
+    """Return the CRC-32C of the values of every array, so that others are told apart."""
+    sums = []
+    for value in specs.values():
+        crc = 0
+        for start in range(0, len(value), _DIGEST_ITEMS):
+            block = np.ascontiguousarray(value[start : start + _DIGEST_ITEMS]).view(np.uint8)
+            crc = int(google_crc32c.extend(crc, block.reshape(-1)))
+        sums.append(f"{crc:08x}")
+    return "-".join(sums)
 
 
 def _common_dtype(values: list[np.ndarray]) -> str:

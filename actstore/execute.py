@@ -5,6 +5,7 @@ not is computed again from the start and gives the same bytes on the same hardwa
 """
 
 import dataclasses
+import errno
 import logging
 import os
 from collections import deque
@@ -183,7 +184,16 @@ def run_parts(job: Job, parts: Iterable[int], *, on_event: Callable[[Event], Non
     def settle() -> None:
         """Wait for the oldest write and take its buffer back."""
         part, buffer, future = writing.popleft()
-        commit = future.result()
+        try:
+            commit = future.result()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk of {job.storage.url} is full while part {part} was written; what was "
+                "committed stays: free some space and run the same command again",
+            ) from error
         on_event(Event(kind="part", part=part, items=commit.items))
         free.append(buffer)
 

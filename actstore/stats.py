@@ -43,15 +43,21 @@ class ChannelStats:
 
     @classmethod
     def of(cls, values: Float[np.ndarray, "token channel"]) -> "ChannelStats":
-        """Return the moments of float32 values, as a corrected two-pass sum."""
+        """Return the moments of float32 values, as a corrected two-pass sum.
+
+        Where a channel is not finite, so is its `absmax`, and the moments mean nothing.
+        """
         count, channels = values.shape
         if not count:
             return cls.empty(channels)
+        absmax = np.maximum(values.max(axis=0), -values.min(axis=0)).astype(np.float64)
+        if not np.isfinite(absmax).all():
+            undefined = np.where(np.isfinite(absmax), 0.0, np.nan)
+            return cls(count=count, mean=undefined, m2=undefined.copy(), absmax=absmax)
         guess = values.mean(axis=0, dtype=np.float32)
         centred = values - guess
         shift = centred.sum(axis=0, dtype=np.float32).astype(np.float64) / count
         squares = np.einsum("ij,ij->j", centred, centred).astype(np.float64)
-        absmax = np.maximum(values.max(axis=0), -values.min(axis=0)).astype(np.float64)
         return cls(
             count=count,
             mean=guess.astype(np.float64) + shift,

@@ -282,8 +282,12 @@ def read_manifest(storage: Storage) -> Manifest | None:
     return manifest
 
 
-def create_store(storage: Storage, manifest: Manifest) -> None:
+def create_store(
+    storage: Storage, manifest: Manifest, provenance: Mapping[str, Any] | None = None
+) -> None:
     """Write the metadata of a new store, or find that an equal one is there.
+
+    `provenance` is kept beside the manifest, for people: it is not part of the fingerprint.
 
     Raises
     ------
@@ -291,7 +295,11 @@ def create_store(storage: Storage, manifest: Manifest) -> None:
         When the place holds another store; the message names the fields that differ.
     """
     write_metadata(storage, manifest)
-    attributes = {"actstore": manifest.to_json(), "fingerprint": manifest.fingerprint}
+    attributes = {
+        "actstore": manifest.to_json(),
+        "fingerprint": manifest.fingerprint,
+        "provenance": dict(provenance or {}),
+    }
     root = json.dumps(layout.group_metadata(attributes), indent=1, sort_keys=True).encode()
     check_same(storage, manifest)
     if not storage.create("zarr.json", root):

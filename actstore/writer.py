@@ -87,7 +87,7 @@ class PartBuffer:
         target = layout.storage_dtype(dtype)
         if values.dtype == target:
             return values
-        if values.dtype.kind != "f":
+        if values.dtype.kind != "f" or dtype == "int8":
             raise ValueError(
                 f"{array.path}: values of dtype {values.dtype} cannot be stored as {dtype}; "
                 f"pass floating point values or {target}"
@@ -154,6 +154,9 @@ def write_part(
         stripes[:, buffer.items :] = 0
         sums[array] = np.array([crc32c(stripe) for stripe in stripes], dtype=np.uint32)
         stats[array] = part_stats(stripes[:, : buffer.items], manifest.dtype)
+        if not np.isfinite(stats[array].absmax).all():
+            channel = int(np.isfinite(stats[array].absmax).argmin())
+            raise_range(array, channel, float(stats[array].absmax[channel]), manifest.dtype)
         spans = layout.raw_spans(manifest, array)
         index = layout.encode_index(spans)
         path = layout.shard_path(array, part)

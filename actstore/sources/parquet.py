@@ -155,21 +155,21 @@ class Parquet:
 
     def row(self, index: int) -> dict[str, Any]:
         """Return the path of the image (or its number), the label and the plain columns."""
-        table, row = self._find(index)
+        fallback = f"row-{index}"
+        try:
+            table, row = self._find(index)
+        except Undecodable:
+            return {"key": fallback, "label": None, "label_name": None}
         cell = table[self._image][row]
         path = None
-        if (
-            pa.types.is_struct(cell.type)
-            and cell.is_valid
-            and cell.type.get_field_index("path") >= 0
-        ):
-            path = cell["path"].as_py()
+        if pa.types.is_struct(cell.type) and cell.is_valid:
+            path = cell["path"].as_py() if cell.type.get_field_index("path") >= 0 else None
         label = table[self._label][row].as_py() if self._label else None
-        named = self._names is not None and label is not None and 0 <= label < len(self._names)
+        names = self._names
         return {
-            "key": path or f"row-{index}",
+            "key": path or fallback,
             "label": label,
-            "label_name": self._names[label] if named and self._names else None,
+            "label_name": names[label] if isinstance(label, int) and label < len(names) else None,
             **{extra: table[extra][row].as_py() for extra in self._extra},
         }
 

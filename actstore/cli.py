@@ -1,0 +1,151 @@
+"""The command ``actstore``; further commands come from the entry points `actstore.commands`."""
+
+import dataclasses
+import importlib.metadata
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Harvest:
+    """Run a model over a data set and keep its activations."""
+
+    model: str
+    """Name of the model, for instance timm/vit_small_patch14_dinov2; see `actstore models`."""
+    data: str
+    """digits, a folder of images, a parquet file, folder or glob, or an fsspec URL."""
+    sites: str
+    """Sites or patterns, for instance blocks.{5,7}.resid_post or blocks.*.mlp_out."""
+    out: str
+    """Where the store goes."""
+    tokens: str = "cls,patch"
+    """Token kinds to keep, of cls, register and patch."""
+    dtype: str = "float16"
+    """Type on disk: float16, bfloat16 or float32."""
+    limit: int | None = None
+    """Number of items, a random choice keyed by the seed; all by default."""
+    seed: int = 0
+    """Key of the permutation of the items."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    batch_size: int | None = None
+    """Items of a forward pass; 16 on the CPU and 128 elsewhere by default."""
+    workers: int | None = None
+    """Threads that decode; the number of cores by default, at most 16."""
+    strict: bool = False
+    """Stop at the first item that cannot be decoded instead of skipping it."""
+    memory: int | None = None
+    """Bytes for part buffers; two fifths of what is available by default, at most 8e9."""
+    weights: str | None = None
+    """Local weights, a safetensors or pt file."""
+    random_weights: bool = False
+    """Take random weights (seeded by --weights-seed) instead of published ones."""
+    weights_seed: int = 0
+    """Seed of random weights."""
+    img_size: int | None = None
+    """Side of the input in pixels; that of the checkpoint by default."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Info:
+    """Show what is in a store and how complete it is."""
+
+    url: tyro.conf.Positional[str]
+    """The store."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Read every byte of a store and compare with its checksums."""
+
+    url: tyro.conf.Positional[str]
+    """The store."""
+    against_model: int = 0
+    """Also run this many random items through the model again and compare the values."""
+    data: str | None = None
+    """The data set, if it moved since the harvest."""
+    weights: str | None = None
+    """Local weights, if the harvest used them."""
+    random_weights: bool = False
+    """The harvest used random weights."""
+    weights_seed: int = 0
+    """Seed of random weights."""
+    img_size: int | None = None
+    """Side of the input in pixels, if the harvest set it."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    workers: int = 4
+    """Threads that read."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Models:
+    """List the models that can be harvested."""
+
+    pattern: tyro.conf.Positional[str] = "*"
+    """Part of a name, or a glob."""
+    sites: bool = False
+    """Also list the sites of each (give a pattern that matches few)."""
+
+
+def _handlers() -> dict[type, Callable[[Any], int]]:
+    """Return what each command runs; imported here so that `--help` is quick."""
+    from actstore import report
+
+    return {
+        Harvest: report.harvest_with_progress,
+        Info: lambda config: report.print_info(config.url),
+        Verify: report.verify_with_progress,
+        Models: lambda config: report.print_models(config.pattern, with_sites=config.sites),
+    }
+
+
+def commands(arguments: Sequence[str]) -> dict[str, Callable[..., Any]]:
+    """Return the subcommands by name: those of this package, then those of entry points.
+
+    An entry point is imported when it is asked for, or when no command of this package is.
+    """
+    found: dict[str, Callable[..., Any]] = {
+        "harvest": Harvest,
+        "info": Info,
+        "verify": Verify,
+        "models": Models,
+    }
+    asked = arguments[0] if arguments else ""
+    if asked in found:
+        return found
+    for point in importlib.metadata.entry_points(group="actstore.commands"):
+        if point.name in found or (asked and not asked.startswith("-") and asked != point.name):
+            continue
+        try:
+            found[point.name] = point.load()
+        except ImportError as error:
+            if asked == point.name:
+                raise ValueError(f"command {point.name} cannot be loaded: {error}") from error
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, or 1 after a message that says what went wrong."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
+    try:
+        result = tyro.extras.subcommand_cli_from_dict(
+            commands(words), prog="actstore", description=__doc__, args=words
+        )
+        handler = _handlers().get(type(result))
+        code = handler(result) if handler else result
+    except (ValueError, KeyError, OSError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        sys.stderr.write(f"error: {text}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; what was committed stays, the same command goes on\n")
+        return 130
+    return code if isinstance(code, int) else 0
