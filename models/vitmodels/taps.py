@@ -77,6 +77,7 @@ class Wiring:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
+        self._late: list[tuple[nn.Module, Callable[..., Any]]] = []
         self.shared: dict[Any, Any] = {}
         """State that taps of one wiring share, by a key of their own."""
 
@@ -91,11 +92,17 @@ class Wiring:
         """
         self._handles.append(module.register_forward_hook(hook, always_call=always))
 
+    def after_all(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Like :meth:`after`, but behind the hooks of every other tap on `module`."""
+        self._late.append((module, hook))
+
     def attach(self, taps: Mapping[str, "Tap"], wires: Iterable[Wire]) -> Self:
         """Attach every wire to the tap of its name, in the order given."""
         try:
             for wire in wires:
                 taps[wire.name].attach(wire, self)
+            while self._late:
+                self.after(*self._late.pop(0))
         except BaseException:
             self.close()
             raise
@@ -238,7 +245,7 @@ class MidStreamTap(Tap):
 
         wiring.before(self.branch, enter)
         if wire.writes:
-            wiring.after(self.branch_out, added)
+            wiring.after_all(self.branch_out, added)  # as other edits leave it
             wiring.after(self.block, leave)
 
 
