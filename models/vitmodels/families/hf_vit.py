@@ -1,0 +1,246 @@
+"""ViT and its kin in transformers: ViT, DINO, DeiT, ViT-MAE, MSN, I-JEPA.
+
+They share blocks and module names (as of transformers 5) and differ in tokens, positions and
+heads. ViT-MAE runs with all patches, in order: masking is for its pretraining.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitmodels.family import Anatomy
+from vitmodels.hf_backend import BASE, HUGE, IMAGENET, LARGE, SMALL, TINY, Checkpoint, HFFamily
+from vitmodels.hf_backend import small as _small
+from vitmodels.hf_preprocess import image_transform
+from vitmodels.hf_taps import PositionTap, cls_tap, field_tap, hf_block_taps, patches_tap
+from vitmodels.spec import TokenGrid
+from vitmodels.taps import InputTap, OutputTap, Tap
+
+_DEIT = IMAGENET | {"resample": 3, "do_center_crop": True}
+
+
+def _rows() -> dict[str, Checkpoint]:
+    rows: dict[str, Checkpoint] = {}
+    sizes = {"base": BASE, "large": LARGE, "huge": HUGE}
+    for size, patch, image in (
+        *(("base", 16, 224), ("base", 16, 384), ("base", 32, 384)),
+        *(("large", 16, 224), ("large", 16, 384), ("large", 32, 384)),
+    ):
+        rows[f"google/vit-{size}-patch{patch}-{image}"] = Checkpoint(
+            cls="ViTForImageClassification",
+            config=sizes[size] | {"patch_size": patch, "image_size": image, "num_labels": 1000},
+            processor={"size": {"height": image, "width": image}},
+        )
+    for size, patch in (*(("base", 16), ("base", 32), ("large", 16), ("large", 32), ("huge", 14)),):
+        rows[f"google/vit-{size}-patch{patch}-224-in21k"] = Checkpoint(
+            cls="ViTModel", config=sizes[size] | {"patch_size": patch}
+        )
+    for letter, config in (("s", SMALL), ("b", BASE)):
+        for patch in (16, 8):
+            rows[f"facebook/dino-vit{letter}{patch}"] = Checkpoint(
+                cls="ViTModel",
+                config=config | {"patch_size": patch},
+                processor=IMAGENET,
+                options={"add_pooling_layer": False},
+            )
+    for size, config in (("tiny", TINY), ("small", SMALL), ("base", BASE)):
+        for image in (224, 384) if size == "base" else (224,):
+            config = config | {"image_size": image, "num_labels": 1000}
+            resize = {224: 256, 384: 438}[image]
+            processor = _DEIT | {
+                "size": {"height": resize, "width": resize},
+                "crop_size": {"height": image, "width": image},
+            }
+            rows[f"facebook/deit-{size}-patch16-{image}"] = Checkpoint(
+                cls="ViTForImageClassification", config=config, processor=processor
+            )
+            rows[f"facebook/deit-{size}-distilled-patch16-{image}"] = Checkpoint(
+                cls="DeiTForImageClassificationWithTeacher", config=config, processor=processor
+            )
+    for size, config in sizes.items():
+        rows[f"facebook/vit-mae-{size}"] = Checkpoint(
+            cls="ViTMAEModel",
+            config=config | ({"patch_size": 14} if size == "huge" else {}),
+            processor=IMAGENET,
+        )
+    for name, config in {
+        "small": SMALL,
+        "base": BASE,
+        "large": LARGE,
+        "base-4": BASE | {"patch_size": 4},
+        "large-7": LARGE | {"patch_size": 7},
+    }.items():
+        rows[f"facebook/vit-msn-{name}"] = Checkpoint(
+            cls="ViTMSNModel", config=config, processor=IMAGENET
+        )
+    giant = {
+        "hidden_size": 1408,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 16,
+        "intermediate_size": 6144,
+    }
+    for name, config in {
+        "vith14_1k": HUGE | {"patch_size": 14},
+        "vith14_22k": HUGE | {"patch_size": 14},
+        "vith16_1k": HUGE | {"image_size": 448},
+        "vitg16_22k": giant,
+    }.items():
+        side = config.get("image_size", 224)
+        rows[f"facebook/ijepa_{name}"] = Checkpoint(
+            cls="IJepaModel",
+            config=config,
+            processor=IMAGENET | {"size": {"height": side, "width": side}},
+        )
+    return rows
+
+
+class HFViT(HFFamily):
+    """The models of transformers whose blocks are those of ViT."""
+
+    name = "hf_vit"
+    checkpoints = _rows()
+    classes = (
+        "ViTModel",
+        "ViTForImageClassification",
+        "DeiTModel",
+        "DeiTForImageClassification",
+        "DeiTForImageClassificationWithTeacher",
+        "ViTMAEModel",
+        "ViTMSNModel",
+        "ViTMSNForImageClassification",
+        "IJepaModel",
+        "IJepaForImageClassification",
+    )
+    model_types = ("vit", "deit", "vit_mae", "vit_msn", "ijepa")
+    processor = "ViTImageProcessor"
+
+    def anatomy(self, module: Any) -> Anatomy:
+        """Describe the module."""
+        body, config = module.base_model, module.config
+        origin = self.origin(module)
+        kind = config.model_type
+        patch = config.patch_size
+        grid = TokenGrid(
+            cls={"deit": 2, "ijepa": 0}.get(kind, 1),
+            register=0,
+            patch=(origin.size[0] // patch, origin.size[1] // patch),
+        )
+        native = origin.size == self.native_size(config)
+        embeddings = body.embeddings
+        taps: dict[str, Tap] = {"patch_embed": patches_tap(embeddings.patch_embeddings, grid)}
+        if native:
+            taps["pos_embed"] = PositionTap(
+                module=embeddings, position=lambda: embeddings.position_embeddings
+            )
+        taps["embed"] = OutputTap(module=embeddings)
+        heads = int(config.num_attention_heads)
+        for i, block in enumerate(body.layers):
+            taps |= hf_block_taps(
+                f"blocks.{i}",
+                block=block,
+                attn=block.attention,
+                proj=block.attention.o_proj,
+                norm1=block.layernorm_before,
+                norm2=block.layernorm_after,
+                mlp=block.mlp,
+                mlp_first=block.mlp.fc1,
+                mlp_last=block.mlp.fc2,
+                heads=heads,
+            )
+        n_classes = 0
+        taps["final"] = OutputTap(module=body.layernorm)
+        if kind == "vit_mae":
+            call = _call_mae
+            taps["pooled"] = cls_tap(body.layernorm)
+        elif hasattr(module, "classifier") or hasattr(module, "cls_classifier"):
+            call = _call_logits
+            n_classes = int(config.num_labels)
+            if hasattr(module, "classifier"):
+                taps["pooled"] = InputTap(module=module.classifier)
+            if n_classes:
+                taps["logits"] = field_tap(module, "logits")
+        elif getattr(body, "pooler", None) is not None:
+            call = _call_pooler
+            taps["pooled"] = OutputTap(module=body.pooler)
+        elif grid.cls:
+            call = _call_cls
+            taps["pooled"] = cls_tap(body.layernorm)
+        else:
+            call = _call_tokens
+        return Anatomy(
+            taps=taps,
+            grid=grid,
+            d_model=int(config.hidden_size),
+            n_layers=len(body.layers),
+            n_heads=heads,
+            d_head=int(body.layers[0].attention.head_dim),
+            d_mlp=int(config.intermediate_size),
+            n_classes=n_classes,
+            input_shape=(int(config.num_channels), *origin.size),
+            transform=image_transform(origin.processor),
+            call=call if native else _Resampled(call),
+        )
+
+    def conformance(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """Return one small module of every class."""
+        sizes = {"intermediate_size": 48, "image_size": 32, "patch_size": 8}
+        return {
+            "classifier": _small("ViTForImageClassification", num_labels=7, **sizes),
+            "pooler": _small("ViTModel", **sizes),
+            "dino": _small("ViTModel", add_pooling_layer=False, **sizes),
+            "no_qkv_bias": _small("ViTModel", add_pooling_layer=False, qkv_bias=False, **sizes),
+            "deit": _small("DeiTForImageClassification", num_labels=7, **sizes),
+            "deit_distilled": _small(
+                "DeiTForImageClassificationWithTeacher", num_labels=7, **sizes
+            ),
+            "mae": _small("ViTMAEModel", **sizes),
+            "msn": _small("ViTMSNModel", **sizes),
+            "ijepa": _small("IJepaModel", **sizes),
+            "ijepa_classifier": _small("IJepaForImageClassification", num_labels=7, **sizes),
+        }
+
+
+def _call_logits(module: Any, x: Tensor, **options: Any) -> Tensor:
+    logits: Tensor = module(pixel_values=x, **options).logits
+    return logits
+
+
+def _call_pooler(module: Any, x: Tensor, **options: Any) -> Tensor:
+    pooled: Tensor = module(pixel_values=x, **options).pooler_output
+    return pooled
+
+
+def _call_tokens(module: Any, x: Tensor, **options: Any) -> Tensor:
+    tokens: Tensor = module(pixel_values=x, **options).last_hidden_state
+    return tokens
+
+
+def _call_cls(module: Any, x: Tensor, **options: Any) -> Tensor:
+    return _call_tokens(module, x, **options)[:, 0]
+
+
+def _call_mae(module: Any, x: Tensor, **options: Any) -> Tensor:
+    """Keep every patch, in order: the masking sorts this noise and drops none of it."""
+    patch = module.config.patch_size
+    count = (x.shape[-2] // patch) * (x.shape[-1] // patch)
+    noise_BN = torch.arange(count, device=x.device).expand(x.shape[0], -1)
+    before, module.config.mask_ratio = module.config.mask_ratio, 0.0
+    try:
+        return _call_cls(module, x, noise=noise_BN, **options)
+    finally:
+        module.config.mask_ratio = before
+
+
+class _Resampled:
+    """A call that lets the library resample its positions to the size of the input."""
+
+    def __init__(self, call: Callable[..., Tensor]) -> None:
+        self.call = call
+
+    def __call__(self, module: nn.Module, x: Any) -> Tensor:
+        return self.call(module, x, interpolate_pos_encoding=True)
+
+
+FAMILY = HFViT()
