@@ -66,6 +66,8 @@ class Anatomy:
     """Revision or tag of the checkpoint."""
     dynamic: bool = False
     """Whether inputs of another size than `input_shape` are accepted."""
+    vocabulary: int = 0
+    """Inputs are token ids below this (a text tower); 0 for pixels."""
     call: Callable[[nn.Module, Any], Tensor] = call_module
     """(module, x) -> logits, or features where there is no head."""
 

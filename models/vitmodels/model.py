@@ -272,7 +272,8 @@ class VisionModel:
         module = _Caller(self.module, self.anatomy.call)
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         empty = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
-        x = torch.empty(1, *self.spec.input_shape, dtype=self.dtype, device="meta")
+        dtype = torch.long if self.anatomy.vocabulary else self.dtype
+        x = torch.empty(1, *self.spec.input_shape, dtype=dtype, device="meta")
         kept: dict[str, Tensor] = {}
         edits, self._edits = self._edits, []
         try:

@@ -73,7 +73,10 @@ def _case(family_name: str, variant: str) -> Case:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.1 * noise.to(parameter.dtype))
     model = vitmodels.wrap(module, family=family_name, id=f"{family_name}/{variant}")
-    x = torch.randn(BATCH, *model.spec.input_shape, generator=generator)
+    shape = (BATCH, *model.spec.input_shape)
+    x = torch.randn(shape, generator=generator)
+    if model.anatomy.vocabulary:
+        x = torch.randint(model.anatomy.vocabulary, shape, generator=generator)
     with torch.no_grad():
         bare = model.anatomy.call(model.module, x)
         copies: dict[str, Tensor] = {}

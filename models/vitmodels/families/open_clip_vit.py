@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitmodels import open_clip_backend as backend
+from vitmodels import open_clip_names as naming
 from vitmodels.attention import PARTS, PARTS_MHA, attention_taps
 from vitmodels.blocks import block_taps
 from vitmodels.families.timm_vit import PositionTap
@@ -131,22 +132,22 @@ class OpenClipViT(Family):
     def _configs(self) -> tuple[str, ...]:
         return tuple(
             config
-            for config in backend.config_names()
-            if not backend.vision_cfg(config).get("timm_model_name")
-            and isinstance(backend.vision_cfg(config).get("layers"), int)
+            for config in naming.config_names()
+            if not naming.vision_cfg(config).get("timm_model_name")
+            and isinstance(naming.vision_cfg(config).get("layers"), int)
         )
 
     def names(self) -> Sequence[str]:
         """Return the configurations with a native ViT, and their tags."""
-        return backend.names(self._configs())
+        return naming.names(self._configs())
 
     def claims(self, name: str) -> bool:
         """Accept a configuration, whatever its tag."""
-        return backend.split(name)[0] in self._configs()
+        return naming.split(name)[0] in self._configs()
 
     def alias(self, id: str) -> str | None:
         """Accept hub ids of open_clip, bare or behind ``hf-hub:`` or ``open-clip:``."""
-        name = backend.from_hub(id)
+        name = naming.from_hub(id)
         return name if name is not None and self.claims(name) else None
 
     def build(self, request: Request) -> nn.Module:
