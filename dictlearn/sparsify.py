@@ -80,15 +80,21 @@ class TopKSelection(Selection):
 
     def top(self, pre_BF: Float[Tensor, "b f"]) -> tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]:
         """Values and latents kept; order within a row is unspecified."""
+        value_BK, index_BK = self.top_pre(pre_BF)
+        return (value_BK.relu() if cast(TopK, self.config).relu else value_BK), index_BK
+
+    def top_pre(
+        self, pre_BF: Float[Tensor, "b f"]
+    ) -> tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]:
+        """As `top`, before ReLU."""
         config = cast(TopK, self.config)
         if config.group_max:
             grouped_BKg = pre_BF.reshape(pre_BF.shape[0], config.k, -1)
             value_BK, index_BK = grouped_BKg.max(dim=2)
             start_K = torch.arange(config.k, device=pre_BF.device) * grouped_BKg.shape[2]
-            index_BK = index_BK + start_K
-        else:
-            value_BK, index_BK = pre_BF.topk(config.k, dim=1, sorted=False)
-        return (value_BK.relu() if config.relu else value_BK), index_BK
+            return value_BK, index_BK + start_K
+        kept = pre_BF.topk(config.k, dim=1, sorted=False)
+        return kept.values, kept.indices
 
     def forward(self, pre_BF: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
         """See the class."""

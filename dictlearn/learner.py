@@ -1,0 +1,176 @@
+"""One dictionary in training: optimiser, constraint, dead latents, and its whole state.
+
+Shapes: B tokens, F latents, r = width read, w = width written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dictlearn.dictionary import Dictionary
+from dictlearn.gemm import Backend
+from dictlearn.kernels import Step, StepResult, step
+from dictlearn.losses import AuxK, prefixes_of
+from dictlearn.schedule import TrainConfig
+from dictlearn.sparsify import GatedSelection
+
+_TINY = 1e-12
+
+
+@dataclass(kw_only=True)
+class Learner:
+    """A dictionary, its optimiser and what else it needs to go on from any step.
+
+    The optimiser works on views of the parameters in which each latent's row is contiguous, so
+    that its fused kernel applies.
+    """
+
+    name: str
+    """Of its folder and its rows in the log."""
+    dictionary: Dictionary
+    """In training units; see `Dictionary.rescale_sites`."""
+    config: TrainConfig
+    """Schedules and options."""
+    backend: Backend = "default"
+    """Of the encoder product."""
+    failed: str = ""
+    """Why training stopped early; empty while all is well."""
+
+    def __post_init__(self) -> None:
+        d = self.dictionary
+        options = d.config.input
+        if options.norm != "none" or d.config.decode_scale:
+            what = f"input norm {options.norm!r}" if options.norm != "none" else "decode_scale"
+            raise ValueError(
+                f"dictionary {self.name!r} has {what}, which can be evaluated but not trained; "
+                "train with TrainConfig(normalize='scale') instead"
+            )
+        if self.config.precision == "bfloat16":
+            self.backend = "bfloat16"
+        self.trained = {n: p for n, p in d.named_parameters() if p.requires_grad}
+        if isinstance(d.sparsify, GatedSelection):
+            del self.trained["b_enc"]
+        self.views = {
+            n: nn.Parameter(p.data.T if n == "W_enc" else p.data) for n, p in self.trained.items()
+        }
+        self.optimizer = torch.optim.Adam(
+            list(self.views.values()),
+            lr=1.0,
+            betas=(self.config.beta1, self.config.beta2),
+            fused=d.device.type in ("cpu", "cuda"),
+        )
+        self.since_fired_F = torch.zeros(d.latents, dtype=torch.int64, device=d.device)
+        self.generator = torch.Generator().manual_seed(self.config.seed)
+        if self.config.unit_decoder:
+            self._renormalize()
+
+    def train_step(
+        self, x_Br: Float[Tensor, "b r"], target_Bw: Float[Tensor, "b w"], number: int
+    ) -> StepResult:
+        """Take optimiser step `number` (from 0) on a batch."""
+        config, d = self.config, self.dictionary
+        matryoshka = d.config.matryoshka
+        sampled = matryoshka.sampled if matryoshka else 0
+        drawn = torch.rand(sampled, generator=self.generator).tolist() if sampled else []
+        options = Step(
+            prefixes=prefixes_of(matryoshka, d.latents, drawn),
+            progress=number / config.steps,
+            penalty_scale=config.penalty_scale(number),
+            aux=self._aux(),
+            backend=self.backend,
+            max_density=config.max_density,
+        )
+        result = step(d, x_Br, target_Bw, options)
+        self.since_fired_F += x_Br.shape[0]
+        self.since_fired_F.masked_fill_(result.fired_F > 0, 0)
+        self._update(result, number)
+        return result
+
+    @torch.no_grad()
+    def _update(self, result: StepResult, number: int) -> None:
+        for name, view in self.views.items():
+            grad = self.trained[name].grad
+            view.grad = grad.T if name == "W_enc" and grad is not None else grad
+        config = self.config
+        if config.unit_decoder:
+            row_grad, row = self.views["W_dec"].grad, self.views["W_dec"]
+            if row_grad is not None:
+                along_F1 = (row_grad * row).sum(1, keepdim=True)
+                row_grad.addcmul_(row, along_F1, value=-1.0)
+        grads = [v.grad for v in self.views.values() if v.grad is not None]
+        self.grad_norm = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
+        self.lr = config.learning_rate(number, self.dictionary.latents)
+        if self.grad_norm.device.type == "cpu":  # elsewhere a check would wait for the device
+            self.check(result, number)
+            if self.failed:
+                return
+        if config.clip:
+            factor = (config.clip / (self.grad_norm + _TINY)).clamp(max=1.0)
+            if factor.device.type != "cpu" or float(factor) < 1.0:
+                torch._foreach_mul_(grads, factor)
+        self.optimizer.param_groups[0]["lr"] = self.lr
+        self.optimizer.step()
+        if config.unit_decoder:
+            self._renormalize()
+
+    @torch.no_grad()
+    def _renormalize(self) -> None:
+        row = self.dictionary.W_dec
+        row.div_(torch.linalg.vector_norm(row, dim=1, keepdim=True).clamp(min=_TINY))
+
+    def dead(self) -> Tensor:
+        """Return which latents have not fired for `TrainConfig.dead_tokens()` tokens."""
+        return self.since_fired_F >= self.config.dead_tokens()
+
+    def _aux(self) -> AuxK | None:
+        config = self.config
+        k = self.dictionary.config.d_write // 2 if config.aux_k is None else config.aux_k
+        if not k or not config.aux_coefficient:
+            return None
+        return AuxK(dead_F=self.dead(), k=max(1, k), coefficient=config.aux_coefficient)
+
+    # ---- state -------------------------------------------------------------------------------
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor a resumed run needs, by name."""
+        out = {f"weights.{k}": v for k, v in self.dictionary.state_dict().items()}
+        for name, view in self.views.items():
+            for key, value in self.optimizer.state[view].items():
+                out[f"adam.{name}.{key}"] = value
+        out["since_fired"] = self.since_fired_F
+        out["generator"] = self.generator.get_state()
+        return out
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`; parameters are filled in place."""
+        weights = {k[8:]: v for k, v in tensors.items() if k.startswith("weights.")}
+        self.dictionary.load_state_dict(weights)
+        for name, view in self.views.items():
+            prefix = f"adam.{name}."
+            slot: dict[str, Any] = {
+                k[len(prefix) :]: v.to(view.device)
+                for k, v in tensors.items()
+                if k.startswith(prefix)
+            }
+            if slot:
+                self.optimizer.state[view] = slot
+        self.since_fired_F.copy_(tensors["since_fired"])
+        self.generator.set_state(tensors["generator"])
+
+    def check(self, result: StepResult, number: int) -> None:
+        """Note a loss or gradient that is not finite in `failed`; the weights then stay."""
+        loss = float(sum(result.losses.values()))
+        if math.isfinite(loss) and math.isfinite(float(self.grad_norm)):
+            return
+        terms = ", ".join(f"{k} {float(v):.3g}" for k, v in result.losses.items())
+        self.failed = (
+            f"the loss of {self.name!r} is {loss} at step {number} ({terms}; gradient norm "
+            f"{float(self.grad_norm):.3g}, learning rate {self.lr:.2g}). Lower the learning rate, "
+            "or check the data with `actstore verify`"
+        )

@@ -1,0 +1,170 @@
+"""What a training step selects: the entries that carry value or gradient, for every strategy.
+
+The encoder product runs in chunks of rows that stay in cache, and each chunk is reduced to its
+entries at once: pre-activations [B, F] never exist in memory as a whole.
+
+Shapes: B tokens, F latents, C rows of a chunk, N entries, r = width read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dictlearn.config import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from dictlearn.dictionary import Dictionary
+from dictlearn.gemm import Backend, linear
+from dictlearn.sparsify import GatedSelection, JumpReLUSelection, TopKSelection
+
+_CHUNK_BYTES = 24 << 20
+_SAMPLE = 1 << 18
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picks:
+    """Entries of a batch, sorted by row; where a strategy needs it, inactive ones among them."""
+
+    row: Int[Tensor, " n"]
+    latent: Int[Tensor, " n"]
+    pre: Float[Tensor, " n"]
+    """Pre-activation of each entry."""
+    offset: Int[Tensor, " b+1"]
+    """Where the entries of each row start."""
+    smallest_kept: Float[Tensor, ""] | None = None
+    """Smallest activation kept in the batch (BatchTopK)."""
+
+
+Chunk = tuple[int, Tensor]
+
+
+def pre_chunks(
+    dictionary: Dictionary, x_Br: Float[Tensor, "b r"], backend: Backend
+) -> Iterator[Chunk]:
+    """Yield (first row, pre-activations of a chunk [C, F]); `x_Br` is centred already."""
+    rows = x_Br.shape[0]
+    step = rows
+    if x_Br.device.type == "cpu":
+        step = max(64, _CHUNK_BYTES // (4 * dictionary.latents))
+    weight_Fr = dictionary.W_enc.T
+    for start in range(0, rows, step):
+        yield start, linear(x_Br[start : start + step], weight_Fr, dictionary.b_enc, backend)
+
+
+def pick(
+    dictionary: Dictionary,
+    x_Br: Float[Tensor, "b r"],
+    backend: Backend = "default",
+    max_density: float = 1.0,
+) -> Picks | None:
+    """Select the entries of a training step.
+
+    Returns None when the first chunk has more than ``max_density * C * F`` entries: the dense step
+    is then cheaper.
+    """
+    config = dictionary.config.sparsify
+    chunks = pre_chunks(dictionary, x_Br, backend)
+    if isinstance(config, TopK):
+        return _pick_top(dictionary, chunks, x_Br.shape[0])
+    if isinstance(config, BatchTopK):
+        return _pick_batch_top(dictionary, chunks, x_Br)
+    lower_F = _lower_bound(dictionary)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start, pre_CF in chunks:
+        mask_CF = pre_CF > lower_F
+        row, latent = mask_CF.nonzero(as_tuple=True)
+        if start == 0 and row.numel() > max_density * pre_CF.numel():
+            return None
+        found.append((row + start, latent, pre_CF[row, latent]))
+    return _join(found, x_Br.shape[0])
+
+
+def _lower_bound(dictionary: Dictionary) -> Tensor:
+    """Per latent (or scalar), the pre-activation below which an entry has no part in the step."""
+    config = dictionary.config.sparsify
+    if isinstance(config, ReLU):
+        return dictionary.b_enc.new_zeros(())
+    if isinstance(config, JumpReLU):
+        theta_F = cast(JumpReLUSelection, dictionary.sparsify).threshold.detach()
+        return theta_F - config.bandwidth / 2
+    if isinstance(config, Gated):
+        return -cast(GatedSelection, dictionary.sparsify).b_gate.detach()
+    raise ValueError(f"no sparse step for {config}")
+
+
+def _pick_top(dictionary: Dictionary, chunks: Iterator[Chunk], rows: int) -> Picks:
+    selection = cast(TopKSelection, dictionary.sparsify)
+    values, indices = [], []
+    for _, pre_CF in chunks:
+        value_CK, index_CK = selection.top_pre(pre_CF)
+        values.append(value_CK)
+        indices.append(index_CK)
+    pre_BK, latent_BK = torch.cat(values), torch.cat(indices)
+    k = pre_BK.shape[1]
+    device = pre_BK.device
+    return Picks(
+        row=torch.arange(rows, device=device).repeat_interleave(k),
+        latent=latent_BK.flatten(),
+        pre=pre_BK.flatten(),
+        offset=torch.arange(0, rows * k + 1, k, device=device),
+    )
+
+
+def _pick_batch_top(
+    dictionary: Dictionary, chunks: Iterator[Chunk], x_Br: Float[Tensor, "b r"]
+) -> Picks:
+    """Keep the k * B largest of ``relu(pre)`` by a bound that only entries in question pass.
+
+    The bound comes from a sample of the first chunk, set so that about half again as many entries
+    pass as are kept. If it turns out too high, the pass is made once more with bound 0.
+    """
+    k = cast(BatchTopK, dictionary.config.sparsify).k
+    rows = x_Br.shape[0]
+    n_keep = k * rows
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    bound: Tensor | None = None
+    for start, pre_CF in chunks:
+        if bound is None:
+            bound = _sample_bound(pre_CF, 1.5 * k / dictionary.latents)
+        row, latent = (pre_CF > bound).nonzero(as_tuple=True)
+        found.append((row + start, latent, pre_CF[row, latent]))
+    all_picks = _join(found, rows)
+    if all_picks.pre.numel() < n_keep and bound is not None and bool(bound > 0):
+        zero = bound.new_zeros(())
+        found = []
+        for start, pre_CF in pre_chunks(dictionary, x_Br, "default"):
+            row, latent = (pre_CF > zero).nonzero(as_tuple=True)
+            found.append((row + start, latent, pre_CF[row, latent]))
+        all_picks = _join(found, rows)
+    if all_picks.pre.numel() > n_keep:
+        kept_N = all_picks.pre.topk(n_keep, sorted=False).indices.sort().values
+        all_picks = _join(
+            [(all_picks.row[kept_N], all_picks.latent[kept_N], all_picks.pre[kept_N])], rows
+        )
+    smallest = all_picks.pre.min() if all_picks.pre.numel() else x_Br.new_zeros(())
+    return Picks(
+        row=all_picks.row,
+        latent=all_picks.latent,
+        pre=all_picks.pre,
+        offset=all_picks.offset,
+        smallest_kept=smallest,
+    )
+
+
+def _sample_bound(pre_CF: Float[Tensor, "c f"], fraction: float) -> Tensor:
+    """Positive value that about `fraction` of the entries exceed, from an even sample."""
+    flat = pre_CF.flatten()
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)]
+    n_above = min(sample.numel(), max(1, round(fraction * sample.numel())))
+    return sample.topk(n_above, sorted=False).values.min().clamp(min=0.0)
+
+
+def _join(found: list[tuple[Tensor, Tensor, Tensor]], rows: int) -> Picks:
+    row, latent, pre = (torch.cat(parts) for parts in zip(*found, strict=True))
+    count_B = torch.bincount(row, minlength=rows)
+    offset = torch.cat([count_B.new_zeros(1), count_B.cumsum(0)])
+    return Picks(row=row, latent=latent, pre=pre, offset=offset)

@@ -1,0 +1,139 @@
+"""How a training run goes: its configuration and schedules. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Shape = Literal["linear", "cosine", "constant"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Configuration of `dictlearn.train`; saved beside the weights as JSON."""
+
+    steps: int = 2000
+    """Optimiser steps."""
+    batch_size: int = 4096
+    """Tokens of a step."""
+    lr: float | None = None
+    """Peak learning rate of Adam; by default ``1e-3 / sqrt(latents / 2048)``, at most 2e-3."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    decay: float = 0.2
+    """Share of the steps, at the end, in which it falls to 0."""
+    decay_shape: Shape = "linear"
+    """Shape of the fall: linear, cosine (half a period), or constant for none."""
+    beta1: float = 0.9
+    """Adam's first moment decay."""
+    beta2: float = 0.999
+    """Adam's second moment decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient; larger ones are scaled down. 0 switches it off."""
+    unit_decoder: bool = True
+    """Keep every decoder row at norm 1; the gradient is projected on the tangent first."""
+    normalize: Literal["scale", "none"] = "scale"
+    """``scale`` divides every site by the root of its mean channel variance (of the store's
+    statistics); the factor is folded into the weights at the end."""
+    init_bias: Literal["mean", "zero"] = "mean"
+    """Initial b_dec (and b_in): the mean of the store's statistics, or zero."""
+    aux_k: int | None = None
+    """Dead latents used by the auxiliary loss for a token; half the width written by default;
+    0 switches it off."""
+    aux_coefficient: float = 1 / 32
+    """Weight of the auxiliary loss."""
+    dead_after: int | None = None
+    """Tokens without firing after which a latent is dead; by default a twentieth of the run's
+    tokens, at most 10 million."""
+    penalty_warmup: float = 0.1
+    """Share of the steps in which the sparsity penalty rises linearly from 0."""
+    tokens: str | None = None
+    """Token kinds to read, ``cls,patch``; every kind stored by default."""
+    holdout: float = 0.0
+    """Share of the items never trained on (evaluate with the same `split_seed`)."""
+    split_seed: int = 0
+    """Key of the held-out split."""
+    seed: int = 0
+    """Key of the order of the batches and of every random choice of the run."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the encoder product; everything else is float32."""
+    gemm: Literal["auto", "default", "onednn"] = "auto"
+    """Backend of the encoder product on CPU; ``auto`` times them at the start and records it."""
+    max_density: float = 0.02
+    """Share of active latents above which the dense step is used."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0 writes none."""
+    keep: int = 2
+    """Checkpoints kept."""
+    log_every: int = 20
+    """Steps between rows of the log."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("steps", 1, math.inf),
+            ("batch_size", 1, math.inf),
+            ("log_every", 1, math.inf),
+            ("keep", 1, math.inf),
+            ("checkpoint_every", 0, math.inf),
+            ("warmup", 0, 1),
+            ("decay", 0, 1),
+            ("penalty_warmup", 0, 1),
+            ("holdout", 0, 0.9),
+            ("clip", 0, math.inf),
+            ("aux_coefficient", 0, math.inf),
+            ("max_density", 0, 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"TrainConfig.{name} = {value} is outside [{low}, {high}]")
+        if self.lr is not None and self.lr <= 0:
+            raise ValueError(f"TrainConfig.lr must be > 0, got {self.lr}")
+        if self.warmup + self.decay > 1:
+            raise ValueError(
+                f"TrainConfig.warmup + decay = {self.warmup + self.decay} is more than the run"
+            )
+
+    def learning_rate(self, step: int, latents: int) -> float:
+        """Learning rate of step `step` (from 0) for a dictionary of `latents`."""
+        peak = self.lr or min(2e-3, 1e-3 / math.sqrt(latents / 2048))
+        return peak * self.schedule(step)
+
+    def schedule(self, step: int) -> float:
+        """Factor of the learning rate at `step`: rise, plateau, fall to 0 after the last step."""
+        rise = round(self.warmup * self.steps)
+        fall = round(self.decay * self.steps)
+        up = (step + 1) / rise if rise else 1.0
+        left = (self.steps - step) / fall if fall and self.decay_shape != "constant" else 1.0
+        left = min(left, 1.0)
+        if self.decay_shape == "cosine":
+            left = 0.5 - 0.5 * math.cos(math.pi * left)
+        return min(up, 1.0) * left
+
+    def penalty_scale(self, step: int) -> float:
+        """Factor of the sparsity penalty at `step`."""
+        rise = round(self.penalty_warmup * self.steps)
+        return min((step + 1) / rise, 1.0) if rise else 1.0
+
+    def dead_tokens(self) -> int:
+        """Tokens without firing after which a latent is dead."""
+        if self.dead_after is not None:
+            return self.dead_after
+        return min(10_000_000, self.steps * self.batch_size // 20)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TrainConfig:
+        """Inverse of `to_json`; an unknown key is an error that names the nearest."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in data:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
+                raise ValueError(f"TrainConfig has no field {key!r}; nearest: {near[0]}")
+        return cls(**data)

@@ -1,0 +1,400 @@
+"""Train dictionaries off a store, any number from one read of it.
+
+Files of a run, in ``out``::
+
+    run.json                     what was asked and what the run decided: configuration,
+                                 dictionaries, the store's fingerprint, site factors, GEMM backend
+    log.jsonl, tensorboard/      metrics by step and dictionary
+    checkpoints/<step>/          everything needed to go on; see `dictlearn.checkpoint`
+    <name>/                      each finished dictionary in the native format, in raw units
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from actstore.loader import TokenLoader
+from actstore.selection import Split
+from dictlearn import checkpoint, runfile
+from dictlearn.dictionary import Dictionary
+from dictlearn.formats.native import save
+from dictlearn.gemm import Backend, choose_backend
+from dictlearn.kernels import StepResult
+from dictlearn.learner import Learner
+from dictlearn.runlog import RunLog
+from dictlearn.scaling import check_sites, describe, factor_row, init_from, site_scales
+from dictlearn.scaling import factors as factors_of
+from dictlearn.schedule import TrainConfig
+
+if TYPE_CHECKING:
+    from actstore.batching import Batch
+    from actstore.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainEvent:
+    """What a run reports while it goes."""
+
+    kind: str
+    """``start``, ``resume``, ``log``, ``checkpoint``, ``failed`` or ``finished``."""
+    step: int
+    """Steps taken so far."""
+    steps: int
+    """Steps of the run."""
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Latest metrics by dictionary: loss terms, fvu, l0, dead, lr, grad_norm."""
+    tokens_per_second: float = 0.0
+    """Since the last event of kind ``log``."""
+    data_wait: float = 0.0
+    """Share of that time spent waiting for the store."""
+    message: str = ""
+    """What failed, or where the run resumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """One dictionary of a finished run."""
+
+    name: str
+    """Its name: the folder in `out`, the rows of the log."""
+    dictionary: Dictionary
+    """In raw units: it takes activations as they are stored."""
+    metrics: Mapping[str, float]
+    """Of the last step that was logged."""
+    path: Path | None = None
+    """Where it was saved."""
+    failed: str = ""
+    """Why it stopped early, if it did; the weights are those of the last good step."""
+
+
+def train(
+    store: Store,
+    dictionaries: Dictionary | Sequence[Dictionary],
+    config: TrainConfig | Sequence[TrainConfig] | None = None,
+    *,
+    out: str | Path | None = None,
+    names: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+    on_event: Callable[[TrainEvent], None] | None = None,
+) -> list[Trained]:
+    """Train every dictionary on the same batches, read once.
+
+    The dictionaries are trained in place and end in raw units. With `out`, the run writes its log,
+    checkpoints and dictionaries there, and calling it again with the same arguments goes on where
+    it was, bit for bit on CPU; a run that is complete is loaded.
+
+    Parameters
+    ----------
+    store
+        Any store that holds the sites of all dictionaries.
+    dictionaries
+        One or several, over the same sites or different ones.
+    config
+        One for all, or one each; what concerns the data (batch size, steps, tokens, seed, held-out
+        items) must then agree.
+    out
+        Folder of the run; None keeps nothing.
+    names
+        Of the dictionaries; by default the sites they read and write.
+    device
+        Where to train.
+    on_event
+        Called with progress.
+
+    Raises
+    ------
+    KeyError
+        A site is not in the store.
+    ValueError
+        Widths or configurations do not fit, `out` holds another run, or every dictionary failed
+        (for instance because its loss became NaN).
+    """
+    several = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
+    if not several:
+        raise ValueError("train needs at least one dictionary")
+    if config is None or isinstance(config, TrainConfig):
+        configs = [config or TrainConfig()] * len(several)
+    else:
+        configs = list(config)
+    _check_configs(configs, len(several))
+    for dictionary in several:
+        check_sites(dictionary, store)
+    run = _Run(
+        store,
+        several,
+        configs,
+        default_names(several) if names is None else list(names),
+        Path(out) if out is not None else None,
+        torch.device(device),
+        on_event or (lambda event: None),
+    )
+    return run()
+
+
+def default_names(dictionaries: Sequence[Dictionary]) -> list[str]:
+    """Name each dictionary by its sites; the second of a name gets ``-2`` and so on."""
+    names: list[str] = []
+    for d in dictionaries:
+        reads, writes = list(d.config.reads), list(d.config.writes)
+        base = "+".join(reads) if reads == writes else f"{'+'.join(reads)}-to-{'+'.join(writes)}"
+        base = base if len(base) <= 100 else f"{base[:80]}-{len(d.config.sites)}-sites"
+        name, number = base, 1
+        while name in names:
+            number += 1
+            name = f"{base}-{number}"
+        names.append(name)
+    return names
+
+
+_DATA_FIELDS = ("steps", "batch_size", "tokens", "seed", "holdout", "split_seed", "normalize")
+
+
+def _check_configs(configs: Sequence[TrainConfig], count: int) -> None:
+    if len(configs) != count:
+        raise ValueError(f"{count} dictionaries but {len(configs)} configurations; give one each")
+    for name in _DATA_FIELDS:
+        values = {getattr(c, name) for c in configs}
+        if len(values) > 1:
+            raise ValueError(
+                f"dictionaries of one run are trained on the same batches, so {name} must agree; "
+                f"got {sorted(map(str, values))}"
+            )
+
+
+class _Run:
+    """State of one call of `train`."""
+
+    def __init__(
+        self,
+        store: Store,
+        dictionaries: list[Dictionary],
+        configs: list[TrainConfig],
+        names: list[str],
+        out: Path | None,
+        device: torch.device,
+        on_event: Callable[[TrainEvent], None],
+    ) -> None:
+        if len(set(names)) != len(dictionaries) or any("/" in n or not n for n in names):
+            raise ValueError(f"expected {len(dictionaries)} different folder names, got {names}")
+        self.store, self.out, self.on_event, self.device = store, out, on_event, device
+        self.config, self.configs, self.names = configs[0], configs, names
+        self.dictionaries = dictionaries
+        sites = [s for s in store.sites if any(s in d.config.sites for d in dictionaries)]
+        c = self.config
+        self.items = (
+            Split(half="train", holdout=c.holdout, seed=c.split_seed) if c.holdout else None
+        )
+        tokens = c.tokens or ",".join(store.kinds(sites[0]))
+        self.scales = site_scales(store, sites, tokens.split(","), c.normalize)
+        self.loader = self._loader(sites, tokens)
+        self.metrics: dict[str, dict[str, float]] = {}
+
+    def _loader(self, sites: list[str], tokens: str) -> TokenLoader:
+        options: dict[str, Any] = {
+            "tokens": tokens,
+            "items": self.items,
+            "seed": self.config.seed,
+            "device": self.device,
+            "drop_last": True,
+        }
+        loader = TokenLoader(self.store, sites, self.config.batch_size, **options)
+        row = factor_row(self.scales, loader.slices)
+        pair = (torch.zeros_like(row), row)
+        return TokenLoader(self.store, sites, self.config.batch_size, normalize=pair, **options)
+
+    def __call__(self) -> list[Trained]:
+        decided = self._decide()
+        self.learners = []
+        for i, d in enumerate(self.dictionaries):
+            d.to(self.device)
+            if self.configs[i].init_bias == "mean":
+                init_from(d, self.scales)
+            self.learners.append(
+                Learner(
+                    name=self.names[i],
+                    dictionary=d,
+                    config=self.configs[i],
+                    backend=decided["backends"][i],
+                )
+            )
+        start = self._resume()
+        if self.out is None:
+            self._loop(start, None)
+        else:
+            with RunLog(self.out, start) as runlog:
+                self._loop(start, runlog)
+        return self._finish()
+
+    # ---- what the run is ---------------------------------------------------------------------
+    def _decide(self) -> dict[str, Any]:
+        """Compare with, or write, ``run.json``; return it."""
+        asked = {
+            "store": self.store.fingerprint,
+            "dictionaries": {
+                n: d.config.to_json() for n, d in zip(self.names, self.dictionaries, strict=True)
+            },
+            "train": [c.to_json() for c in self.configs],
+            "initial": [runfile.digest(d) for d in self.dictionaries],
+        }
+        there = runfile.read(self.out) if self.out else None
+        if self.out is not None and there is not None:
+            runfile.check_same(there, asked, self.out)
+            return there
+        pairs = zip(self.dictionaries, self.configs, strict=True)
+        decided = {
+            **asked,
+            "sites": describe(self.scales),
+            "backends": [self._backend(d, c) for d, c in pairs],
+            "threads": torch.get_num_threads(),
+        }
+        if self.out is not None:
+            runfile.write(self.out, decided)
+        return decided
+
+    def _backend(self, dictionary: Dictionary, config: TrainConfig) -> Backend:
+        if config.gemm != "auto":
+            return config.gemm
+        c = dictionary.config
+        return choose_backend(config.batch_size, c.d_read, c.latents, self.device)
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint, if there is one, and return its step."""
+        found = checkpoint.latest(self.out) if self.out else None
+        if found is None:
+            self._event("start", 0)
+            return 0
+        state = checkpoint.read(found, self.learners)
+        self.loader.load_state_dict(state["loader"])
+        self.metrics = state["metrics"]
+        step = int(state["step"])
+        self._event("resume", step, message=f"resumed at step {step} from {found}")
+        return step
+
+    # ---- the loop ----------------------------------------------------------------------------
+    def _loop(self, start: int, runlog: RunLog | None) -> None:
+        if start >= self.config.steps:
+            return
+        with closing(iter(self.loader)) as batches:  # type: ignore[type-var]
+            self._steps(batches, start, runlog)
+
+    def _steps(self, batches: Iterator[Batch], start: int, runlog: RunLog | None) -> None:
+        waited, since, tokens = 0.0, time.perf_counter(), 0
+        for number in range(start, self.config.steps):
+            before = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - before
+            tokens += len(batch)
+            results = self._step(batch.acts, batch.slices, number)
+            done = number + 1
+            last = done == self.config.steps
+            if done % self.config.log_every == 0 or last:
+                self._measure(results, batch.acts)
+                now = time.perf_counter()
+                elapsed = max(now - since, 1e-9)
+                if runlog is not None:
+                    for name, metrics in self.metrics.items():
+                        runlog.row(done, name, metrics)
+                speed, wait = tokens / elapsed, waited / elapsed
+                self._event("log", done, tokens_per_second=speed, data_wait=wait)
+                waited, since, tokens = 0.0, now, 0
+            if all(learner.failed for learner in self.learners):
+                raise ValueError("; ".join(learner.failed for learner in self.learners))
+            every = self.config.checkpoint_every
+            if self.out is not None and (last or (every and done % every == 0)):
+                self._checkpoint(self.out, done)
+
+    def _step(
+        self, acts: torch.Tensor, slices: Mapping[str, slice], number: int
+    ) -> dict[str, StepResult]:
+        results = {}
+        for learner in self.learners:
+            if learner.failed:
+                continue
+            x_Br = learner.dictionary.gather(acts, slices).contiguous()
+            c = learner.dictionary.config
+            same = list(c.reads) == list(c.writes)
+            target = x_Br if same else learner.dictionary.gather(acts, slices, write=True)
+            results[learner.name] = learner.train_step(x_Br, target, number)
+            if learner.failed:
+                log.error(learner.failed)
+                self._event("failed", number, message=learner.failed)
+        return results
+
+    def _measure(self, results: Mapping[str, StepResult], acts: torch.Tensor) -> None:
+        """Turn the results of a step into numbers; the only wait for the device."""
+        for learner in self.learners:
+            result = results.get(learner.name)
+            if result is None:
+                continue
+            if self.device.type != "cpu":
+                learner.check(result, self.config.steps)
+            tokens = acts.shape[0]
+            self.metrics[learner.name] = {
+                **{k: float(v) for k, v in result.losses.items()},
+                "fvu": float(result.error) / self._variance(learner.dictionary),
+                "l0": float(result.fired_F.sum()) / tokens,
+                "dead": float(learner.dead().float().mean()),
+                "lr": learner.lr,
+                "grad_norm": float(learner.grad_norm),
+            }
+
+    def _variance(self, dictionary: Dictionary) -> float:
+        """Mean channel variance of what a dictionary writes, in training units."""
+        writes = dictionary.config.writes
+        total = sum(
+            self.scales[s].variance * self.scales[s].factor ** 2 * w for s, w in writes.items()
+        )
+        return total / dictionary.config.d_write
+
+    def _checkpoint(self, out: Path, done: int) -> None:
+        state = {"loader": self.loader.state_dict(), "metrics": self.metrics}
+        checkpoint.write(out, done, self.learners, state)
+        checkpoint.prune(out, self.config.keep)
+        self._event("checkpoint", done)
+
+    def _finish(self) -> list[Trained]:
+        trained = []
+        for learner in self.learners:
+            d = learner.dictionary
+            if self.config.normalize == "scale":
+                d.rescale_sites(factors_of(self.scales))
+            metrics = self.metrics.get(learner.name, {})
+            path = None
+            if self.out is not None:
+                about = {
+                    "store": self.store.fingerprint,
+                    "model": dict(self.store.manifest.model or {}),
+                    "train": learner.config.to_json(),
+                    "tokens": list(self.loader.selection.kinds),
+                    "metrics": metrics,
+                    "failed": learner.failed,
+                }
+                path = save(d, self.out / learner.name, about)
+            trained.append(
+                Trained(
+                    name=learner.name,
+                    dictionary=d,
+                    metrics=metrics,
+                    path=path,
+                    failed=learner.failed,
+                )
+            )
+        self._event("finished", self.config.steps)
+        return trained
+
+    def _event(self, kind: str, step: int, **more: Any) -> None:
+        self.on_event(
+            TrainEvent(
+                kind=kind, step=step, steps=self.config.steps, metrics=dict(self.metrics), **more
+            )
+        )
