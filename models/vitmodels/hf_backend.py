@@ -299,18 +299,33 @@ def _pair(size: Any) -> Size:
 Make = Callable[[], nn.Module]
 
 
-def small(cls: str, **config: Any) -> Make:
+def small(
+    cls: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    vision: Mapping[str, Any] | None = None,
+    **config: Any,
+) -> Make:
     """Return a maker of a small random module of a class, for the conformance test.
 
-    Names that are no fields of the configuration go to the class itself.
+    Parameters
+    ----------
+    cls
+        Class of transformers.
+    options
+        Further arguments of the class.
+    vision
+        Fields of the vision configuration inside the configuration of a whole model.
+    config
+        Fields of the configuration.
     """
 
     def make() -> nn.Module:
         kind = getattr(backend(), cls)
-        options = {key: config[key] for key in ("add_pooling_layer",) if key in config}
         sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
-        kept = {key: value for key, value in config.items() if key not in options}
-        module: nn.Module = kind(kind.config_class(**{**sizes, **kept}), **options)
+        own = {**sizes, **config} if vision is None else config
+        nested = {} if vision is None else {"vision_config": {**sizes, **vision}}
+        module: nn.Module = kind(kind.config_class(**own, **nested), **(options or {}))
         return randomised(module)
 
     return make

@@ -1,10 +1,11 @@
-"""Taps that the families of transformers share.
+"""Taps and calls that the families of transformers share.
 
 Shape legend: B batch, P tokens, D width.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,6 +45,39 @@ class PositionTap(Tap):
             return (tokens_BPD, *output[1:]) if isinstance(output, tuple) else tokens_BPD
 
         wiring.after(self.module, hook)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """How to call a module of transformers: ``(module, x) -> one field of what it returns``."""
+
+    field: str
+    """``logits``, ``pooler_output``, ``last_hidden_state``, ``image_embeds``."""
+    token: int | None = None
+    """Which token of the field, None for all of it."""
+    argument: str = "pixel_values"
+    """Name of the argument that takes `x`."""
+    options: Mapping[str, Any] = dataclass_field(default_factory=dict)
+    """Further arguments."""
+
+    def __call__(self, module: Any, x: Any) -> Tensor:
+        """Run the module."""
+        value: Tensor = module(**{self.argument: x}, **self.options)[self.field]
+        return value if self.token is None else value[:, self.token]
+
+    def resampled(self, resample: bool) -> "Call":
+        """Return the call that lets the library resample its positions to the input's size."""
+        return replace(self, options={"interpolate_pos_encoding": True}) if resample else self
+
+
+def read_map(output: Tensor) -> Tensor:
+    """``[B, D, *grid] -> [B, N, D]``."""
+    return output.flatten(2).transpose(1, 2)
+
+
+def write_map(output: Tensor, value: Tensor) -> Tensor:
+    """``[B, N, D] -> [B, D, *grid]``."""
+    return value.transpose(1, 2).reshape(output.shape)
 
 
 def read_field(name: str) -> Read:
@@ -86,8 +120,14 @@ def cls_tap(module: nn.Module) -> OutputTap:
 
 
 def patches_tap(module: nn.Module, grid: TokenGrid) -> OutputTap:
-    """Return the tap of the patch embedding, before CLS and positions."""
-    return OutputTap(module=module, grid=TokenGrid(cls=0, register=0, patch=grid.patch))
+    """Return the tap of the patch embedding, before CLS and positions.
+
+    `module` returns ``[B, N, D]``, or is the convolution itself.
+    """
+    patches = TokenGrid(cls=0, register=0, patch=grid.patch)
+    if isinstance(module, nn.Conv2d | nn.Conv3d):
+        return OutputTap(module=module, grid=patches, read=read_map, write=write_map)
+    return OutputTap(module=module, grid=patches)
 
 
 def hf_block_taps(

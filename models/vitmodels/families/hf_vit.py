@@ -5,16 +5,26 @@ heads. ViT-MAE runs with all patches, in order: masking is for its pretraining.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitmodels.family import Anatomy
-from vitmodels.hf_backend import BASE, HUGE, IMAGENET, LARGE, SMALL, TINY, Checkpoint, HFFamily
-from vitmodels.hf_backend import small as _small
+from vitmodels.hf_backend import (
+    BASE,
+    HUGE,
+    IMAGENET,
+    LARGE,
+    SMALL,
+    TINY,
+    Checkpoint,
+    HFFamily,
+    small,
+)
 from vitmodels.hf_preprocess import image_transform
-from vitmodels.hf_taps import PositionTap, cls_tap, field_tap, hf_block_taps, patches_tap
+from vitmodels.hf_taps import Call, PositionTap, cls_tap, field_tap, hf_block_taps, patches_tap
 from vitmodels.spec import TokenGrid
 from vitmodels.taps import InputTap, OutputTap, Tap
 
@@ -113,7 +123,6 @@ class HFViT(HFFamily):
         "IJepaModel",
         "IJepaForImageClassification",
     )
-    model_types = ("vit", "deit", "vit_mae", "vit_msn", "ijepa")
     processor = "ViTImageProcessor"
 
     def anatomy(self, module: Any) -> Anatomy:
@@ -149,26 +158,9 @@ class HFViT(HFFamily):
                 mlp_last=block.mlp.fc2,
                 heads=heads,
             )
-        n_classes = 0
         taps["final"] = OutputTap(module=body.layernorm)
-        if kind == "vit_mae":
-            call = _call_mae
-            taps["pooled"] = cls_tap(body.layernorm)
-        elif hasattr(module, "classifier") or hasattr(module, "cls_classifier"):
-            call = _call_logits
-            n_classes = int(config.num_labels)
-            if hasattr(module, "classifier"):
-                taps["pooled"] = InputTap(module=module.classifier)
-            if n_classes:
-                taps["logits"] = field_tap(module, "logits")
-        elif getattr(body, "pooler", None) is not None:
-            call = _call_pooler
-            taps["pooled"] = OutputTap(module=body.pooler)
-        elif grid.cls:
-            call = _call_cls
-            taps["pooled"] = cls_tap(body.layernorm)
-        else:
-            call = _call_tokens
+        head, call, n_classes = self._head(module, body, grid)
+        taps |= head
         return Anatomy(
             taps=taps,
             grid=grid,
@@ -180,67 +172,60 @@ class HFViT(HFFamily):
             n_classes=n_classes,
             input_shape=(int(config.num_channels), *origin.size),
             transform=image_transform(origin.processor),
-            call=call if native else _Resampled(call),
+            call=call.resampled(not native),
         )
+
+    def _head(self, module: Any, body: Any, grid: TokenGrid) -> tuple[dict[str, Tap], Call, int]:
+        """Return what follows the last norm, the call, and the number of classes."""
+        n_classes = int(module.config.num_labels)
+        if hasattr(module, "cls_classifier"):  # logits are the mean of two heads
+            return {"logits": field_tap(module, "logits")}, Call(field="logits"), n_classes
+        if hasattr(module, "classifier"):
+            taps: dict[str, Tap] = {"pooled": InputTap(module=module.classifier)}
+            if n_classes:
+                taps["logits"] = field_tap(module, "logits")
+            return taps, Call(field="logits"), n_classes
+        if getattr(body, "pooler", None) is not None:
+            return {"pooled": OutputTap(module=body.pooler)}, Call(field="pooler_output"), 0
+        if not grid.cls:
+            return {}, Call(field="last_hidden_state"), 0
+        kind = _MAECall if module.config.model_type == "vit_mae" else Call
+        call = kind(field="last_hidden_state", token=0)
+        return {"pooled": cls_tap(body.layernorm)}, call, 0
 
     def conformance(self) -> Mapping[str, Callable[[], nn.Module]]:
         """Return one small module of every class."""
-        sizes = {"intermediate_size": 48, "image_size": 32, "patch_size": 8}
+        sizes: dict[str, Any] = {"intermediate_size": 48, "image_size": 32, "patch_size": 8}
+        bare = {"add_pooling_layer": False}
         return {
-            "classifier": _small("ViTForImageClassification", num_labels=7, **sizes),
-            "pooler": _small("ViTModel", **sizes),
-            "dino": _small("ViTModel", add_pooling_layer=False, **sizes),
-            "no_qkv_bias": _small("ViTModel", add_pooling_layer=False, qkv_bias=False, **sizes),
-            "deit": _small("DeiTForImageClassification", num_labels=7, **sizes),
-            "deit_distilled": _small(
-                "DeiTForImageClassificationWithTeacher", num_labels=7, **sizes
-            ),
-            "mae": _small("ViTMAEModel", **sizes),
-            "msn": _small("ViTMSNModel", **sizes),
-            "ijepa": _small("IJepaModel", **sizes),
-            "ijepa_classifier": _small("IJepaForImageClassification", num_labels=7, **sizes),
+            "classifier": small("ViTForImageClassification", num_labels=7, **sizes),
+            "pooler": small("ViTModel", **sizes),
+            "dino": small("ViTModel", options=bare, **sizes),
+            "no_qkv_bias": small("ViTModel", options=bare, qkv_bias=False, **sizes),
+            "deit": small("DeiTForImageClassification", num_labels=7, **sizes),
+            "deit_distilled": small("DeiTForImageClassificationWithTeacher", num_labels=7, **sizes),
+            "mae": small("ViTMAEModel", **sizes),
+            "msn": small("ViTMSNModel", **sizes),
+            "ijepa": small("IJepaModel", **sizes),
+            "ijepa_classifier": small("IJepaForImageClassification", num_labels=7, **sizes),
         }
 
 
-def _call_logits(module: Any, x: Tensor, **options: Any) -> Tensor:
-    logits: Tensor = module(pixel_values=x, **options).logits
-    return logits
+@dataclass(frozen=True, kw_only=True)
+class _MAECall(Call):
+    """Keep every patch, in order: the masking sorts the noise given and drops none of it."""
 
-
-def _call_pooler(module: Any, x: Tensor, **options: Any) -> Tensor:
-    pooled: Tensor = module(pixel_values=x, **options).pooler_output
-    return pooled
-
-
-def _call_tokens(module: Any, x: Tensor, **options: Any) -> Tensor:
-    tokens: Tensor = module(pixel_values=x, **options).last_hidden_state
-    return tokens
-
-
-def _call_cls(module: Any, x: Tensor, **options: Any) -> Tensor:
-    return _call_tokens(module, x, **options)[:, 0]
-
-
-def _call_mae(module: Any, x: Tensor, **options: Any) -> Tensor:
-    """Keep every patch, in order: the masking sorts this noise and drops none of it."""
-    patch = module.config.patch_size
-    count = (x.shape[-2] // patch) * (x.shape[-1] // patch)
-    noise_BN = torch.arange(count, device=x.device).expand(x.shape[0], -1)
-    before, module.config.mask_ratio = module.config.mask_ratio, 0.0
-    try:
-        return _call_cls(module, x, noise=noise_BN, **options)
-    finally:
-        module.config.mask_ratio = before
-
-
-class _Resampled:
-    """A call that lets the library resample its positions to the size of the input."""
-
-    def __init__(self, call: Callable[..., Tensor]) -> None:
-        self.call = call
-
-    def __call__(self, module: nn.Module, x: Any) -> Tensor:
-        return self.call(module, x, interpolate_pos_encoding=True)
+    def __call__(self, module: Any, x: Any) -> Tensor:
+        """Run the module with a mask ratio of 0."""
+        patch = module.config.patch_size
+        count = (x.shape[-2] // patch) * (x.shape[-1] // patch)
+        noise_BN = torch.arange(count, device=x.device).expand(x.shape[0], -1)
+        before, module.config.mask_ratio = module.config.mask_ratio, 0.0
+        try:
+            tokens: Tensor = module(pixel_values=x, noise=noise_BN, **self.options)[self.field]
+        finally:
+            module.config.mask_ratio = before
+        return tokens[:, 0]
 
 
 FAMILY = HFViT()
