@@ -13,23 +13,13 @@ from jaxtyping import Shaped
 from actstore.index import OK
 from actstore.manifest import DTYPES, ITEM_SIZE, ArraySpec, Manifest
 from actstore.order import keyed_permutation
+from actstore.plan import LOCAL_STRIPE, part_items
 from actstore.storage import open_storage
 from actstore.store import Store, create_store
 from actstore.writer import PartBuffer, write_part
 
-STRIPE_BYTES = 400_000
-"""Stripe the layout aims at on local disk, in bytes."""
-
-
 _DIGEST_ITEMS = 256
 """Items read at a time to sum them."""
-
-
-def default_items_per_part(items: int, channels: int, itemsize: int) -> int:
-    """Return S for stripes of about `STRIPE_BYTES` and at least 16 parts where items allow."""
-    wanted = max(1, round(STRIPE_BYTES / (channels * itemsize)))
-    parts = max(min(16, items), -(-items // wanted))
-    return -(-items // parts)
 
 
 def write_arrays(
@@ -85,7 +75,8 @@ def write_arrays(
     widest = max(v.shape[2] for v in values.values())
     size = items_per_part
     if size is None:
-        size = default_items_per_part(items, widest, ITEM_SIZE.get(dtype, 4))
+        row = widest * ITEM_SIZE.get(dtype, 4)
+        size = part_items(items, max(1, round(LOCAL_STRIPE / row)))
     specs: dict[ArraySpec, np.ndarray] = {}
     sites: dict[str, Any] = {}
     for site, kinds in arrays.items():

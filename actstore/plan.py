@@ -137,8 +137,7 @@ def choose_layout(
     aim = REMOTE_STRIPE if remote else LOCAL_STRIPE
     wanted = max(1, round(LOCAL_STRIPE / (widest.channels * width)))
     fitting = max(1, budget // (buffers * item_bytes))
-    parts = max(min(MIN_PARTS, items), -(-items // min(wanted, fitting)))
-    size_ = -(-items // parts)
+    size_ = part_items(items, min(wanted, fitting))
     if not remote and fitting >= wanted:
         return size_, list(arrays)
     out = []
@@ -150,6 +149,13 @@ def choose_layout(
         )
         out.append(dataclasses.replace(array, stripe_tokens=t))
     return size_, out
+
+
+def part_items(items: int, wanted: int) -> int:
+    """Return S at most `wanted`, with at least `MIN_PARTS` parts, all about equally long."""
+    least = min(MIN_PARTS, items)
+    found = -(-items // max(least, -(-items // wanted)))
+    return found if -(-items // found) >= least else found - 1
 
 
 def _divisors(n: int) -> list[int]:

@@ -102,7 +102,9 @@ class HarvestView:
         elif event.kind == "skipped":
             self.skipped += 1
             if self.skipped <= 10:
-                self._console.print(f"skipped {event.key}: {event.message}", markup=False)
+                self._console.print(
+                    f"skipped {event.key}: {event.message}", markup=False, soft_wrap=True
+                )
             elif self.skipped == 11:
                 self._console.print("further skipped items are in the index only")
 
@@ -137,10 +139,13 @@ def harvest_with_progress(config: "Harvest") -> int:
         store = harvest(model=model, out=config.out, on_event=view, **options)
     missing = len(store.missing_parts)
     state = "complete" if store.is_complete else f"{missing} parts missing (other ranks?)"
+    counts = f"{store.n_items:,} items, {state}, {view.skipped} skipped in this run"
+    console.print(f"{store.url}: {counts}", markup=False, soft_wrap=True)
     console.print(
-        f"{store.url}: {store.n_items:,} items, {state}, {view.skipped} skipped in this run"
+        f"next: actstore info {store.url}; actstore verify {store.url}",
+        markup=False,
+        soft_wrap=True,
     )
-    console.print(f"next: actstore info {store.url}; actstore verify {store.url}", markup=False)
     return 0
 
 
@@ -151,8 +156,8 @@ def print_info(url: str) -> int:
     store = open_store(url)
     m = store.manifest
     console = Console()
-    console.print(f"{url}: format {m.format}", markup=False)
-    console.print(f"fingerprint {store.fingerprint}", markup=False)
+    console.print(f"{url}: format {m.format}", markup=False, soft_wrap=True)
+    console.print(f"fingerprint {store.fingerprint}", markup=False, soft_wrap=True)
     console.print(plan_table(_as_plan(store), int((store.part_items >= 0).sum()), "store"))
     table = Table("site", "kind", "tokens", "channels", "stripe", "mean norm", "largest value")
     for a in m.arrays:
@@ -172,7 +177,7 @@ def print_info(url: str) -> int:
             "harvest again to go on"
         )
     for reason, count in skipped(store).items():
-        console.print(f"skipped {count}: {reason}", markup=False)
+        console.print(f"skipped {count}: {reason}", markup=False, soft_wrap=True)
     return 0
 
 
