@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitmodels.attention import PARTS
@@ -31,6 +32,8 @@ class PositionTap(Tap):
     """Module that returns the embedded tokens (or a tuple that begins with them)."""
     position: Callable[[], Tensor]
     """Returns the position embeddings ``[1, P, D]``; asked in every pass."""
+    registers: int = 0
+    """Tokens without a position, put in after the first token when positions are added."""
 
     def attach(self, wire: Wire, wiring: Wiring) -> None:
         """Shift the output of the embedding."""
@@ -41,7 +44,12 @@ class PositionTap(Tap):
             new_BPD = wire(value_BPD)
             if not wire.writes:
                 return None
-            tokens_BPD = tokens_BPD + (new_BPD - value_BPD)
+            shift_BPD = new_BPD - value_BPD
+            if self.registers:
+                first_B1D, rest_BND = shift_BPD[:, :1], shift_BPD[:, 1:]
+                none_BRD = torch.zeros_like(tokens_BPD[:, : self.registers])
+                shift_BPD = torch.cat([first_B1D, none_BRD, rest_BND], dim=1)
+            tokens_BPD = tokens_BPD + shift_BPD
             return (tokens_BPD, *output[1:]) if isinstance(output, tuple) else tokens_BPD
 
         wiring.after(self.module, hook)
@@ -102,6 +110,23 @@ def write_field(name: str) -> Write:
 def field_tap(module: nn.Module, name: str) -> OutputTap:
     """Return the tap of one field of a module's output."""
     return OutputTap(module=module, read=read_field(name), write=write_field(name))
+
+
+def learned_positions(
+    embeddings: Any, grid: TokenGrid, size: tuple[int, int] | None, registers: int = 0
+) -> PositionTap:
+    """Return the tap of learned positions, resampled to `size` pixels by the library if given."""
+    patches = grid.count("patch")
+    kinds = TokenGrid(cls=grid.cls, register=0, patch=grid.patch)
+
+    def position() -> Tensor:
+        table: Tensor = embeddings.position_embeddings
+        if size is not None:  # of its first argument the library asks only the shape
+            like = table[:, :1].expand(1, patches + grid.cls, -1)
+            table = embeddings.interpolate_pos_encoding(like, *size)
+        return table
+
+    return PositionTap(module=embeddings, position=position, registers=registers, grid=kinds)
 
 
 def _first_token(output: Tensor) -> Tensor:

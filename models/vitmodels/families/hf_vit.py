@@ -24,7 +24,14 @@ from vitmodels.hf_backend import (
     small,
 )
 from vitmodels.hf_preprocess import image_transform
-from vitmodels.hf_taps import Call, PositionTap, cls_tap, field_tap, hf_block_taps, patches_tap
+from vitmodels.hf_taps import (
+    Call,
+    cls_tap,
+    field_tap,
+    hf_block_taps,
+    learned_positions,
+    patches_tap,
+)
 from vitmodels.spec import TokenGrid
 from vitmodels.taps import InputTap, OutputTap, Tap
 
@@ -139,10 +146,7 @@ class HFViT(HFFamily):
         native = origin.size == self.native_size(config)
         embeddings = body.embeddings
         taps: dict[str, Tap] = {"patch_embed": patches_tap(embeddings.patch_embeddings, grid)}
-        if native:
-            taps["pos_embed"] = PositionTap(
-                module=embeddings, position=lambda: embeddings.position_embeddings
-            )
+        taps["pos_embed"] = learned_positions(embeddings, grid, None if native else origin.size)
         taps["embed"] = OutputTap(module=embeddings)
         heads = int(config.num_attention_heads)
         for i, block in enumerate(body.layers):
