@@ -149,3 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("interrupted; what was committed stays, the same command goes on\n")
         return 130
     return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
