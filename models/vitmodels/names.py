@@ -1,9 +1,12 @@
 """Spellings of sites: the canonical one, and those of TransformerLens and Prisma.
 
 A canonical name is ``[prefix.]blocks.L.part`` or a single word (``embed``, ``final``,
-``pooled``, ``logits``). Hook names of the two libraries are translated where they mean the
-same tensor in both; where they differ the dialect must be said (``tl:`` or ``prisma:``), and
-a name without a site here is refused with the reason.
+``pooled``, ``logits``). Layers may be counted from the end (``blocks.-1.resid_post``), and
+``output`` is what the model returns: ``projection``, ``logits`` or ``pooled``.
+
+Hook names of the two libraries are translated where they mean the same tensor in both; where
+they differ the dialect must be said (``tl:`` or ``prisma:``), and a name without a site here is
+refused with the reason.
 """
 
 import difflib
@@ -69,10 +72,26 @@ _BLOCK_PRISMA = {
     "ln2.hook_normalized": "mlp_in",
 }
 _BLOCK_TL = {
+    "hook_attn_in": "attn_in",
     "hook_mlp_in": "mlp_in",
     "ln1.hook_out": "attn_in",
     "ln2.hook_out": "mlp_in",
     "attn.hook_attn_scores": "pattern",
+    "attn.hook_in": "attn_in",
+    "attn.q.hook_out": "q",
+    "attn.k.hook_out": "k",
+    "attn.v.hook_out": "v",
+    "attn.o.hook_in": "z",
+    "attn.o.hook_out": "attn_out",
+    "attn.hook_out": "attn_out",
+    "mlp.hook_in": "mlp_in",
+    "mlp.in.hook_in": "mlp_in",
+    "mlp.in.hook_out": "mlp_pre",
+    "mlp.out.hook_in": "mlp_post",
+    "mlp.out.hook_out": "mlp_out",
+    "mlp.hook_out": "mlp_out",
+    "hook_in": "resid_pre",
+    "hook_out": "resid_post",
 }
 _TOP_PRISMA = {
     "hook_embed": "patch_embed",
@@ -82,11 +101,36 @@ _TOP_PRISMA = {
     "ln_pre.hook_normalized": "blocks.0.resid_pre",
     "hook_ln_final": "final",
     "ln_final.hook_normalized": "final",
-    "hook_post_head_pre_normalize": "logits",
+    "hook_post_head_pre_normalize": "output",
 }
-_TOP_TL = {"hook_embed": "embed", "hook_unembed": "logits"}
+_TOP_TL = {
+    "hook_embed": "embed",
+    "embed.hook_out": "embed",
+    "ln_final.hook_in": "blocks.-1.resid_post",
+    "ln_final.hook_out": "final",
+    "unembed.hook_in": "pooled",
+    "unembed.hook_out": "logits",
+    "hook_unembed": "logits",
+    "vision_encoder.hook_vision_embed": "embed",
+    "vision_encoder.embeddings.hook_out": "embed",
+    "vision_encoder.pre_layernorm.hook_in": "embed",
+    "vision_encoder.pre_layernorm.hook_out": "blocks.0.resid_pre",
+    "vision_encoder.hook_vision_out": "blocks.-1.resid_post",
+    "vision_encoder.hook_out": "blocks.-1.resid_post",
+    "vision_encoder.post_layernorm.hook_out": "pooled",
+}
+_OUTPUTS = ("projection", "logits", "pooled")
+"""What a model returns: the first of these that it has."""
 
+_ONE_BRANCH = "an edit there reaches one branch only, and no site stands for that branch's copy"
 _NO_SITE = {
+    "hook_normalized": "before weight and bias a LayerNorm's value is inside the fused kernel",
+    "ln1.hook_in": f"its tensor is that of resid_pre, but {_ONE_BRANCH}",
+    "ln2.hook_in": f"its tensor is that of resid_mid, but {_ONE_BRANCH}",
+    "attn.q.hook_in": f"its tensor is that of attn_in, but {_ONE_BRANCH}",
+    "attn.k.hook_in": f"its tensor is that of attn_in, but {_ONE_BRANCH}",
+    "attn.v.hook_in": f"its tensor is that of attn_in, but {_ONE_BRANCH}",
+    "vision_encoder.post_layernorm.hook_in": "it is blocks.-1.resid_post at CLS alone",
     "hook_scale": "the denominator of a LayerNorm is inside the library's fused kernel",
     "hook_q_input": "it repeats resid_pre for each head; the library's module has one input",
     "hook_k_input": "it repeats resid_pre for each head; the library's module has one input",
@@ -162,14 +206,31 @@ def translate(name: str) -> str:
 
 
 def _no_name(name: str, hook: str, known: Iterable[str]) -> str:
-    last = hook.rpartition(".")[2]
-    if last in _NO_SITE:
-        return f"{name!r} has no site here: {_NO_SITE[last]}"
     if hook in _AMBIGUOUS:
         return f"{name!r} has no site here: {_AMBIGUOUS[hook]}"
+    if reason := _NO_SITE.get(hook) or _NO_SITE.get(hook.rpartition(".")[2]):
+        return f"{name!r} has no site here: {reason}"
     near = nearest(hook, known)
     hint = f"; nearest: {', '.join(near)}" if near else ""
     return f"{name!r} is not a hook name that has a site here{hint}"
+
+
+def concrete(name: str, available: Iterable[str]) -> str:
+    """Replace what depends on the model: ``output``, and layers counted from the end.
+
+    >>> concrete("blocks.-1.mlp_out", ["blocks.0.mlp_out", "blocks.1.mlp_out"])
+    'blocks.1.mlp_out'
+    """
+    names = list(available)
+    if name == "output":
+        return next((output for output in _OUTPUTS if output in names), name)
+    match = re.fullmatch(r"(?P<stack>(?:.+\.)?blocks)\.-(?P<back>\d+)\.(?P<part>.+)", name)
+    if match is None:
+        return name
+    layers = re.compile(re.escape(match["stack"]) + r"\.(\d+)\.")
+    count = 1 + max((int(m[1]) for m in map(layers.match, names) if m), default=-1)
+    layer = count - int(match["back"])
+    return f"{match['stack']}.{layer}.{match['part']}" if 0 <= layer < count else name
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
-from vitmodels.names import nearest, translate
+from vitmodels.names import concrete, nearest, translate
 
 Kind = Literal["cls", "register", "patch"]
 _KINDS: tuple[Kind, ...] = ("cls", "register", "patch")
@@ -232,7 +232,8 @@ def expand_sites(patterns: str | Sequence[str], available: Iterable[str]) -> lis
 
     A pattern may be a comma list, a glob (``blocks.*.resid_post``), hold braces
     (``blocks.{5,7}.mlp_out``, ``blocks.{0..3}.z``), and be spelt as TransformerLens or Prisma
-    do (``blocks.7.hook_resid_post``, ``tl:blocks.7.hook_mlp_in``).
+    do (``blocks.7.hook_resid_post``, ``tl:blocks.7.hook_mlp_in``). Layers may be counted from
+    the end of those available (``blocks.-1.resid_post``).
 
     Parameters
     ----------
@@ -256,7 +257,7 @@ def expand_sites(patterns: str | Sequence[str], available: Iterable[str]) -> lis
     chosen: set[str] = set()
     asked = [patterns] if isinstance(patterns, str) else list(patterns)
     for pattern in itertools.chain.from_iterable(map(_split, asked)):
-        wanted = {translate(name) for name in _braces(pattern)}
+        wanted = {concrete(translate(name), names) for name in _braces(pattern)}
         for name in sorted(wanted):
             hits = fnmatch.filter(names, name) if any(c in name for c in "*?[") else None
             if hits is None:
