@@ -2,7 +2,7 @@
 
 Rows follow `store.table()`. The plain Zarr array has a row for every planned item, skipped ones
 included; ``xarray.open_zarr(f"{url}/acts/{site}", consolidated=False)`` opens that one, all kinds
-of a site as one Dataset with dimensions item, kind and channel.
+of a site as one Dataset with dimensions item, <kind>_token and channel.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,7 @@ def labelled(store: "Store", site: str, kind: str, *, dtype: Any = "float32") ->
     )
     return xarray.DataArray(
         array(store, site, kind, dtype=dtype),
-        dims=("item", kind, "channel"),
+        dims=("item", f"{kind}_token", "channel"),
         coords={"item": position},
         name=site,
     )

@@ -4,12 +4,11 @@ Memory is `buffers` pools, allocated once and reused: memory touched for the fir
 times as much as memory that was used before.
 """
 
-import dataclasses
 import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64, Shaped
@@ -20,7 +19,7 @@ from actstore.crc import crc32c
 from actstore.manifest import ArraySpec
 from actstore.ranges import Request, damaged, open_ranges
 from actstore.sampling import Order, Pool
-from actstore.selection import Selection, Stripe
+from actstore.selection import Column, Selection, Stripe
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
 """Makes the memory of a pool."""
@@ -53,8 +52,7 @@ class Buffer:
         """Whatever `after_fill` left, for example a copy on a device."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """Where a request's bytes go."""
 
     stripe: Stripe
@@ -62,8 +60,6 @@ class Target:
     """First row of the stripe in the pool."""
     items: int
     """Items taken."""
-    width: int
-    """Tokens of the column."""
     rows: Any
     """Which items of the stripe; None for the first ones."""
     direct: bool
@@ -84,7 +80,9 @@ class Filler:
         self._dtype = layout.storage_dtype(self._manifest.dtype)
         self._ranges = open_ranges(selection.store.storage)
         self._checksums = functools.lru_cache(1024)(self._read_checksums)
-        self._spans: dict[ArraySpec, list[list[int]]] = {}
+        self._widths = np.array([c.width for c in selection.columns], dtype=np.int64)
+        self._first_token = np.array([c.token[0] for c in selection.columns], dtype=np.int32)
+        self._sources = [[self._source(c, s) for s in c.stripes] for c in selection.columns]
 
     def close(self) -> None:
         """Give up files and threads."""
@@ -92,44 +90,37 @@ class Filler:
 
     def requests(self, pool: Pool) -> list[Request]:
         """Return what has to be read for a pool, by object and offset."""
-        out: list[Request] = []
-        selection = self._selection
-        store_parts = selection.parts[pool.part].tolist()
+        selection, size = self._selection, self._manifest.items_per_part
+        parts = selection.parts[pool.part].tolist()
         counts = selection.counts[pool.part].tolist()
-        for part, count, column_index, first in zip(
-            store_parts, counts, pool.column.tolist(), pool.offset.tolist(), strict=False
-        ):
+        firsts = pool.offset.tolist()
+        out = []
+        for j, g in enumerate(pool.column.tolist()):
+            part, count = parts[j], counts[j]
             rows = selection.rows(part)
-            column = selection.columns[column_index]
-            out += [
-                self._request(part, count, rows, column.width, first, s) for s in column.stripes
-            ]
+            for stripe, array, offset, length, whole in self._sources[g]:
+                span = count if rows is None else int(rows[-1]) + 1
+                direct = rows is None and whole
+                if self._check and span < size:
+                    span, direct = size, False
+                out.append(
+                    Request(
+                        layout.shard_path(array, part),
+                        part,
+                        offset,
+                        span * length // size,
+                        Target(stripe, firsts[j], count, rows, direct),
+                    )
+                )
         out.sort(key=_place_on_disk)
         return out
 
-    def _request(
-        self, part: int, count: int, rows: Any, width: int, first: int, stripe: Stripe
-    ) -> Request:
+    def _source(self, column: Column, stripe: Stripe) -> tuple[Stripe, ArraySpec, int, int, bool]:
+        """Return a stripe with its place in the shard, and whether its bytes are the rows."""
         array = stripe.array
-        if array not in self._spans:
-            self._spans[array] = layout.raw_spans(self._manifest, array).tolist()
-        offset, length = self._spans[array][stripe.index]
-        span = count if rows is None else int(rows[-1]) + 1
-        per_item = length // self._manifest.items_per_part
-        whole = span * per_item == length
-        direct = rows is None and len(stripe.tokens) == width == array.stripe_tokens
-        if self._check and not whole:
-            span, direct = self._manifest.items_per_part, False
-        target = Target(
-            stripe=stripe, first=first, items=count, width=width, rows=rows, direct=direct
-        )
-        return Request(
-            path=layout.shard_path(array, part),
-            part=part,
-            offset=offset,
-            length=span * per_item,
-            tag=target,
-        )
+        offset, length = layout.raw_spans(self._manifest, array)[stripe.index].tolist()
+        whole = len(stripe.tokens) == column.width == array.stripe_tokens
+        return stripe, array, offset, length, whole
 
     def fill(
         self, buffer: Buffer, pool: Pool, requests: list[Request], upcoming: list[Request]
@@ -145,18 +136,29 @@ class Filler:
 
     def _label(self, buffer: Buffer, pool: Pool) -> None:
         """Write item and token of every row."""
-        selection, size = self._selection, self._manifest.items_per_part
-        edges = pool.offset.tolist()
-        parts = selection.parts[pool.part].tolist()
-        for j, (part, g) in enumerate(zip(parts, pool.column.tolist(), strict=True)):
-            column = selection.columns[g]
-            rows = selection.rows(part)
-            n = (edges[j + 1] - edges[j]) // column.width
-            item = np.arange(part * size, part * size + n) if rows is None else part * size + rows
-            shape = (n, column.width)
-            buffer.item[edges[j] : edges[j + 1]].reshape(shape)[:] = item[:, None]
-            buffer.token[edges[j] : edges[j + 1]].reshape(shape)[:] = column.token
-        buffer.rows = pool.rows
+        selection, n = self._selection, pool.rows
+        buffer.rows = n
+        edges = pool.offset
+        widths = self._widths[pool.column]
+        start = selection.parts[pool.part] * self._manifest.items_per_part
+        if (widths == 1).all():
+            lengths = np.diff(edges)
+            buffer.item[:n] = np.arange(n, dtype=np.int64)
+            buffer.item[:n] += np.repeat(start - edges[:-1], lengths)
+            buffer.token[:n] = np.repeat(self._first_token[pool.column], lengths)
+        else:
+            for j, (g, width) in enumerate(zip(pool.column.tolist(), widths.tolist(), strict=True)):
+                rows = slice(int(edges[j]), int(edges[j + 1]))
+                shape = ((rows.stop - rows.start) // width, width)
+                item = start[j] + np.arange(shape[0], dtype=np.int64)
+                buffer.item[rows].reshape(shape)[:] = item[:, None]
+                buffer.token[rows].reshape(shape)[:] = selection.columns[g].token
+        if selection.filtered:
+            for j, (part, first) in enumerate(zip(pool.part.tolist(), start.tolist(), strict=True)):
+                chosen = selection.rows(int(selection.parts[part]))
+                if chosen is not None:
+                    rows = slice(int(edges[j]), int(edges[j + 1]))
+                    buffer.item[rows] = np.repeat(first + chosen, int(widths[j]))
 
     def _place(self, buffer: Buffer, request: Request) -> memoryview | None:
         target: Target = request.tag
@@ -177,8 +179,8 @@ class Filler:
             return
         t, d = stripe.array.stripe_tokens, stripe.array.channels
         values = np.frombuffer(view, dtype=self._dtype).reshape(-1, t, d)
-        last = target.first + target.items * target.width
-        out = buffer.values[stripe.site][target.first : last].reshape(-1, target.width, d)
+        last = target.first + target.items * stripe.width
+        out = buffer.values[stripe.site][target.first : last].reshape(-1, stripe.width, d)
         for token, slot in zip(stripe.tokens, stripe.slots, strict=True):
             if target.rows is None:
                 out[:, slot] = values[: target.items, token]

@@ -210,6 +210,8 @@ def items(
     """
     array = store.spec(site, kind)
     wanted = np.atleast_1d(np.asarray(positions))
+    if not wanted.size:
+        wanted = wanted.astype(np.int64)
     if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
         raise ValueError(f"positions must be integers [n]; got {wanted.dtype} {wanted.shape}")
     size = store.manifest.items_per_part

@@ -23,14 +23,11 @@ Letters: P parts, G columns, K pools, R rows, C streams, J stripes of a pool.
 
 import bisect
 import dataclasses
-import itertools
 
 import numpy as np
 from jaxtyping import Int64
 
 _PARTS, _SHIFTS, _ROWS, _ITEMS = range(4)
-_EXACT = 1 << 22
-"""Up to so many (pool, column) pairs the largest pool is computed, above it is bounded."""
 _KNOWN = 4096
 """First rows of pools remembered."""
 
@@ -162,7 +159,7 @@ class Order:
 
     @property
     def max_pool_rows(self) -> int:
-        """Rows of the largest pool; an upper bound in epochs of very many pools."""
+        """Rows a pool has at most, whatever the seed and the epoch."""
         raise NotImplementedError
 
     def pool(self, index: int) -> Pool:
@@ -266,11 +263,9 @@ class Epoch(Order):
     @property
     def max_pool_rows(self) -> int:
         """See `Order.max_pool_rows`."""
-        if self.pools * len(self.columns) <= _EXACT:
-            firsts = [self._first_row(k) for k in range(self.pools + 1)]
-            return max(b - a for a, b in itertools.pairwise(firsts))
         windows = -(-len(self.counts) // self.pools)
-        return windows * int(self.columns.sum()) * int(self.counts.max())
+        largest = np.partition(self.counts, len(self.counts) - windows)[-windows:]
+        return int(largest.sum()) * int(self.columns.sum())
 
 
 class Sequential(Order):

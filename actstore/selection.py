@@ -58,6 +58,8 @@ class Stripe:
     """Tokens taken, counted in the stripe."""
     slots: tuple[int, ...]
     """Where each of them goes among the tokens of the column."""
+    width: int
+    """Tokens of the column."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -160,6 +162,11 @@ class Selection:
                 + f"; `actstore info {self.store.url}` shows the state"
             )
         return parts, counts[parts]
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some part is read in part only."""
+        return self._split is not None or bool(self._rows)
 
     def rows(self, part: int) -> Int64[np.ndarray, " rows"] | None:
         """Return which rows of a part are read, ascending; None for all that are valid."""
@@ -270,6 +277,7 @@ def _columns(
                             index=index,
                             tokens=tuple(t % spec.stripe_tokens for t in mine),
                             slots=tuple(chosen.index(t) for t in mine),
+                            width=len(chosen),
                         )
                     )
             token = np.array([first + t for t in chosen], dtype=np.int32)

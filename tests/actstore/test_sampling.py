@@ -84,6 +84,7 @@ def test_windows_hold_every_column_once_and_pools_tile_the_epoch(epoch: Epoch) -
         pool = epoch.pool(k)
         windows = epoch.first_window(k + 1) - epoch.first_window(k)
         assert windows >= 1
+        assert windows * epoch.counts.max() * epoch.columns.sum() >= epoch.pool(k).rows
         assert np.bincount(pool.column).tolist() == [windows] * len(epoch.columns)
         assert pool.rows == epoch.first_row(k + 1) - epoch.first_row(k) <= epoch.max_pool_rows
         stripes += list(zip(pool.part.tolist(), pool.column.tolist(), strict=True))
