@@ -13,10 +13,14 @@ from jaxtyping import Shaped
 from actstore.index import OK
 from actstore.manifest import DTYPES, ITEM_SIZE, ArraySpec, Manifest
 from actstore.order import keyed_permutation
+from actstore.pipeline import PartPipeline
 from actstore.plan import LOCAL_STRIPE, part_items
 from actstore.storage import open_storage
 from actstore.store import Store, create_store
-from actstore.writer import PartBuffer, write_part
+from actstore.writer import PartBuffer
+
+_FILL_ITEMS = 8
+"""Items moved into a buffer at a time."""
 
 _DIGEST_ITEMS = 256
 """Items read at a time to sum them."""
@@ -107,23 +111,30 @@ def write_arrays(
     storage = open_storage(url, storage_options)
     create_store(storage, manifest)
     done = Store(storage, manifest)
-    buffer = PartBuffer(manifest)
-    for part in done.missing_parts:
-        start = part * size
-        chosen = source[start : start + manifest.planned(part)]
-        buffer.clear()
-        buffer.append({spec: value[chosen] for spec, value in specs.items()})
-        rows = columns.take(chosen)
-        fixed = {
-            "position": np.arange(start, start + len(chosen)),
-            "source": chosen,
-            "status": [OK] * len(chosen),
-        }
-        for name, column in fixed.items():
-            rows = rows.append_column(name, pa.array(column))
-        write_part(storage, manifest, part, buffer, rows)
+    with PartPipeline(storage, manifest) as pipeline:
+        for part in done.missing_parts:
+            start = part * size
+            chosen = source[start : start + manifest.planned(part)]
+            buffer = pipeline.next_buffer()
+            _fill(buffer, specs, chosen)
+            rows = columns.take(chosen)
+            fixed = {
+                "position": np.arange(start, start + len(chosen)),
+                "source": chosen,
+                "status": [OK] * len(chosen),
+            }
+            for name, column in fixed.items():
+                rows = rows.append_column(name, pa.array(column))
+            pipeline.submit(part, buffer, rows)
     done.refresh()
     return done
+
+
+def _fill(buffer: PartBuffer, specs: Mapping[ArraySpec, np.ndarray], chosen: np.ndarray) -> None:
+    """Gather items into a buffer, a few at a time so that they stay in the cache."""
+    for start in range(0, len(chosen), _FILL_ITEMS):
+        some = chosen[start : start + _FILL_ITEMS]
+        buffer.append({spec: value[some] for spec, value in specs.items()})
 
 
 def _digest(specs: Mapping[ArraySpec, np.ndarray]) -> str:

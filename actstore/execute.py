@@ -4,12 +4,12 @@
 not is computed again from the start and gives the same bytes on the same hardware.
 """
 
+import contextlib
 import dataclasses
-import errno
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actstore.commit import Commit
 from actstore.index import OK
 from actstore.manifest import Manifest
 from actstore.order import keyed_permutation
+from actstore.pipeline import PartPipeline
 from actstore.plan import Plan
 from actstore.sources.base import Source, Undecodable
 from actstore.staging import Stager
 from actstore.storage import Storage
-from actstore.writer import PartBuffer, write_part
+from actstore.writer import PartBuffer
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +143,7 @@ def _batches(job: Job, parts: Sequence[int]) -> Iterator[tuple[int, np.ndarray, 
 
 def _decoded_ahead(
     job: Job, parts: Sequence[int], pool: ThreadPoolExecutor
-) -> Iterator[tuple[int, list[_Decoded], bool]]:
+) -> Generator[tuple[int, list[_Decoded], bool], None, None]:
     """Yield decoded batches in order, `read_ahead` of them being decoded meanwhile."""
     waiting: deque[tuple[int, list[Future[_Decoded]], bool]] = deque()
     try:
@@ -176,63 +178,35 @@ def run_parts(job: Job, parts: Iterable[int], *, on_event: Callable[[Event], Non
         return
     sites = {name: info for name, info in job.model.sites().items() if name in job.manifest.sites}
     stager = Stager(job.manifest, sites)
-    free: deque[PartBuffer] = deque(
-        PartBuffer(job.manifest) for _ in range(min(job.buffers, len(todo)))
-    )
-    writing: deque[tuple[int, PartBuffer, Future[Any]]] = deque()
 
-    def settle() -> None:
-        """Wait for the oldest write and take its buffer back."""
-        part, buffer, future = writing.popleft()
-        try:
-            commit = future.result()
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise OSError(
-                errno.ENOSPC,
-                f"the disk of {job.storage.url} is full while part {part} was written; what was "
-                "committed stays: free some space and run the same command again",
-            ) from error
-        on_event(Event(kind="part", part=part, items=commit.items))
-        free.append(buffer)
+    def committed(commit: Commit) -> None:
+        on_event(Event(kind="part", part=commit.part, items=commit.items))
 
     with (
         ThreadPoolExecutor(job.workers, "decode") as decoders,
-        ThreadPoolExecutor(1, "write") as writer,
+        PartPipeline(
+            job.storage, job.manifest, buffers=job.buffers, on_commit=committed
+        ) as pipeline,
+        contextlib.closing(_decoded_ahead(job, todo, decoders)) as batches,
     ):
-        batches = _decoded_ahead(job, todo, decoders)
         buffer: PartBuffer | None = None
         rows: list[dict[str, Any]] = []
-        try:
-            for part, decoded, last in batches:
-                if buffer is None:
-                    if not free:
-                        settle()
-                    buffer, rows = free.popleft(), []
-                    buffer.clear()
-                _forward(job, stager, buffer, decoded, list(job.manifest.sites))
-                rows += [item.row for item in decoded]
-                _report(part, decoded, on_event)
-                if last:
-                    stager.flush()
-                    if part == todo[0] and not buffer.items:
-                        raise ValueError(
-                            f"none of the {len(rows)} items of the first part can be read; "
-                            f"{rows[0].get('key')}: {rows[0]['status']}"
-                        )
-                    _number(rows, part * job.manifest.items_per_part)
-                    future = writer.submit(
-                        write_part, job.storage, job.manifest, part, buffer, rows
+        for part, decoded, last in batches:
+            if buffer is None:
+                buffer, rows = pipeline.next_buffer(), []
+            _forward(job, stager, buffer, decoded, list(job.manifest.sites))
+            rows += [item.row for item in decoded]
+            _report(part, decoded, on_event)
+            if last:
+                stager.flush()
+                if part == todo[0] and not buffer.items:
+                    raise ValueError(
+                        f"none of the {len(rows)} items of the first part can be read; "
+                        f"{rows[0].get('key')}: {rows[0]['status']}"
                     )
-                    writing.append((part, buffer, future))
-                    buffer = None
-                    while writing and writing[0][2].done():
-                        settle()
-            while writing:
-                settle()
-        finally:
-            batches.close()  # type: ignore[attr-defined]
+                _number(rows, part * job.manifest.items_per_part)
+                pipeline.submit(part, buffer, rows)
+                buffer = None
 
 
 def _forward(

@@ -3,7 +3,9 @@
 Legend: S items of a part, T tokens, t tokens of a stripe, d channels, B items of a batch.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future, wait
 from typing import Any
 
 import numpy as np
@@ -136,10 +138,58 @@ def write_part(
     part: int,
     buffer: PartBuffer,
     rows: Sequence[Mapping[str, Any]] | pa.Table,
+    pool: Executor,
 ) -> Commit:
     """Write and commit one part; a part that is already committed stays as it is.
 
-    Order on the medium: shards, sidecar and index rows, each durable; the record last.
+    Order on the medium: shards, sidecar and index rows, each durable; the record last. The
+    objects go out side by side on `pool`, which also sums and checks values meanwhile.
+
+    Raises
+    ------
+    ValueError
+        When a value is not finite; nothing is committed then.
+    FormatError
+        When another run committed this part under another manifest.
+    """
+    arrays = list(buffer.stripes)
+    for stripes in buffer.stripes.values():
+        stripes[:, buffer.items :] = 0
+    written = [pool.submit(_write_shard, storage, manifest, part, a, buffer) for a in arrays]
+    summed = [pool.submit(_summary, manifest, a, buffer) for a in arrays]
+    busy: list[Future[Any]] = [*written, *summed]
+    wait(busy)  # the buffer is reused afterwards, whatever failed
+    summaries = dict(zip(arrays, (future.result() for future in summed), strict=True))
+    for future in written:
+        future.result()
+    objects = {
+        layout.shard_path(array, part): {
+            "bytes": layout.shard_bytes(manifest, array),
+            "crc32c": summary.crc,
+        }
+        for array, summary in summaries.items()
+    }
+    stats = {array: summary.stats for array, summary in summaries.items()}
+    sums = {array: summary.sums for array, summary in summaries.items()}
+    small = {
+        sidecar_path(part): encode_sidecar(stats, sums),
+        index_path(part): encode_index_rows(rows),
+    }
+    for future in [pool.submit(storage.replace, path, [data]) for path, data in small.items()]:
+        future.result()
+    for path, data in small.items():
+        objects[path] = {"bytes": len(data), "crc32c": crc32c(data)}
+    return commit_part(storage, manifest, part, buffer.items, objects)
+
+
+def commit_part(
+    storage: Storage,
+    manifest: Manifest,
+    part: int,
+    items: int,
+    objects: Mapping[str, Mapping[str, int]],
+) -> Commit:
+    """Create the record of a part whose objects are durable, or return the one that is there.
 
     Raises
     ------
@@ -147,49 +197,49 @@ def write_part(
         When another run committed this part under another manifest.
     """
     fingerprint = manifest.fingerprint
-    objects: dict[str, dict[str, int]] = {}
-    stats: dict[ArraySpec, ChannelStats] = {}
-    sums: dict[ArraySpec, np.ndarray] = {}
-    for array, stripes in buffer.stripes.items():
-        stripes[:, buffer.items :] = 0
-        sums[array] = np.array([crc32c(stripe) for stripe in stripes], dtype=np.uint32)
-        stats[array] = part_stats(stripes[:, : buffer.items], manifest.dtype)
-        if not np.isfinite(stats[array].absmax).all():
-            channel = int(np.isfinite(stats[array].absmax).argmin())
-            raise_range(array, channel, float(stats[array].absmax[channel]), manifest.dtype)
-        spans = layout.raw_spans(manifest, array)
-        index = layout.encode_index(spans)
-        path = layout.shard_path(array, part)
-        storage.replace(path, [stripes, index])
-        pieces = [*zip(sums[array].tolist(), spans[:, 1].tolist(), strict=True)]
-        objects[path] = {
-            "bytes": layout.shard_bytes(manifest, array),
-            "crc32c": combine([*pieces, (crc32c(index), len(index))]),
-        }
-    small = {
-        sidecar_path(part): encode_sidecar(stats, sums),
-        index_path(part): encode_index_rows(rows),
-    }
-    for path, data in small.items():
-        storage.replace(path, [data])
-        objects[path] = {"bytes": len(data), "crc32c": crc32c(data)}
-    commit = Commit(part=part, items=buffer.items, fingerprint=fingerprint, objects=objects)
-    if not storage.create(record_path(part), commit.encode()):
-        there = read_commit(storage, part)
-        if there.fingerprint != fingerprint:
-            raise FormatError(
-                f"{storage.url}: part {part} was committed under another manifest "
-                f"({there.fingerprint[:12]}, this run has {fingerprint[:12]})"
-            )
-        return there
-    return commit
+    commit = Commit(part=part, items=items, fingerprint=fingerprint, objects=objects)
+    if storage.create(record_path(part), commit.encode()):
+        return commit
+    there = read_commit(storage, part)
+    if there.fingerprint != fingerprint:
+        raise FormatError(
+            f"{storage.url}: part {part} was committed under another manifest "
+            f"({there.fingerprint[:12]}, this run has {fingerprint[:12]})"
+        )
+    return there
 
 
-def part_stats(stripes: Shaped[np.ndarray, "stripe item t channel"], dtype: str) -> ChannelStats:
-    """Return the moments of the stored values of a part, a stripe at a time."""
-    channels = stripes.shape[-1]
-    total = ChannelStats.empty(channels)
-    for stripe in stripes:
-        values = layout.from_stored(stripe, dtype).reshape(-1, channels)
-        total = total.merge(ChannelStats.of(values))
-    return total
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Summary:
+    """What the commit says about one shard."""
+
+    stats: ChannelStats
+    """Moments of the valid values."""
+    sums: np.ndarray
+    """CRC-32C of every stripe."""
+    crc: int
+    """CRC-32C of the shard."""
+
+
+def _write_shard(
+    storage: Storage, manifest: Manifest, part: int, array: ArraySpec, buffer: PartBuffer
+) -> None:
+    index = layout.encode_index(layout.raw_spans(manifest, array))
+    storage.replace(layout.shard_path(array, part), [buffer.stripes[array], index])
+
+
+def _summary(manifest: Manifest, array: ArraySpec, buffer: PartBuffer) -> _Summary:
+    """Sum a shard and take its moments, a stripe at a time while it is in the cache."""
+    total = ChannelStats.empty(array.channels)
+    sums = []
+    for stripe in buffer.stripes[array]:
+        sums.append(crc32c(stripe))
+        values = layout.from_stored(stripe[: buffer.items], manifest.dtype)
+        total = total.merge(ChannelStats.of(values.reshape(-1, array.channels)))
+    if not np.isfinite(total.absmax).all():
+        channel = int(np.isfinite(total.absmax).argmin())
+        raise_range(array, channel, float(total.absmax[channel]), manifest.dtype)
+    spans = layout.raw_spans(manifest, array)
+    index = layout.encode_index(spans)
+    pieces = [*zip(sums, spans[:, 1].tolist(), strict=True), (crc32c(index), len(index))]
+    return _Summary(stats=total, sums=np.array(sums, dtype=np.uint32), crc=combine(pieces))

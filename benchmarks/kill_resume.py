@@ -69,23 +69,28 @@ def main(config: Config) -> int:
     with tempfile.TemporaryDirectory() as folder:
         whole, out = f"{folder}/whole", f"{folder}/killed"
         start = time.perf_counter()
-        subprocess.run(command(config, whole), check=True, **quiet)
-        seconds = time.perf_counter() - start
+        process = subprocess.Popen(command(config, whole), **quiet)
+        while process.poll() is None and not os.path.exists(f"{whole}/zarr.json"):
+            time.sleep(0.01)
+        loading = time.perf_counter() - start
+        if process.wait():
+            raise RuntimeError("the uninterrupted harvest failed")
+        working = time.perf_counter() - start - loading
         parts = actstore.open(whole).manifest.n_parts
         kills, records = 0, []
         while kills < config.kills:
             process = subprocess.Popen(command(config, out), **quiet)
-            # Instants are uniform over the time in which parts are written, wherever that lies.
-            while process.poll() is None and not os.path.exists(f"{out}/zarr.json"):
-                time.sleep(0.005)
-            time.sleep(generator.uniform(0, max(0.2, seconds / 4)))
-            if process.poll() is not None and actstore.open(out).is_complete:
+            # Up to a third of the work is done in a run: instants before, in and between parts.
+            time.sleep(generator.uniform(0.95 * loading, loading + working / 3))
+            if process.poll() is not None:
                 for path in Path(out, "parts").glob("*.json"):
-                    path.unlink()  # all done before the last kill: commit the parts again
+                    path.unlink()  # all was done before the last kill: commit the parts again
                 continue
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
+            if not os.path.exists(f"{out}/zarr.json"):
+                continue
             store = actstore.open(out)
             problems = verify(store)
             records.append({"missing": len(store.missing_parts), "problems": len(problems)})
