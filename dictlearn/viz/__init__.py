@@ -1,0 +1,1 @@
+"""Figures of stores and dictionaries; every function draws into the Axes it is given."""
