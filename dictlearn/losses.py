@@ -125,10 +125,10 @@ def _penalty(
         return (power_BF * weight_F).sum(1).mean().mul(config.l1)
     if isinstance(config, JumpReLU):
         if config.penalty == "tanh":
-            tanh_BF = (config.tanh_scale * acts_BF * norm_F).tanh()
+            tanh_BF: Tensor = (config.tanh_scale * acts_BF * norm_F).tanh()
             return tanh_BF.sum(1).mean().mul(config.l0)
         on_BF = cast(JumpReLUSelection, dictionary.sparsify).gate(pre_BF)
-        return config.l0 * on_BF.sum(1).mean()
+        return on_BF.sum(1).mean().mul(config.l0)
     if isinstance(config, Gated):
         gate_BF = (pre_BF + cast(GatedSelection, dictionary.sparsify).b_gate).relu()
         return config.l1 * gate_BF.sum(1).mean()
