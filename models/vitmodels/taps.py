@@ -275,3 +275,31 @@ class HeadOutTap(Tap):
             return total if module.bias is None else total + module.bias
 
         wiring.after(self.module, hook)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionTap(Tap):
+    """A learned position embedding, repeated over the batch; its edits shift the embedding."""
+
+    model: Any
+    """Has the parameter: ``[1, tokens, D]`` or ``[tokens, D]``."""
+    attribute: str = "pos_embed"
+    """Its name."""
+    after: nn.Module
+    """Module that takes the embedded tokens."""
+    skip: int
+    """Leading tokens of the embedding that have no position."""
+
+    def attach(self, wire: Wire, wiring: Wiring) -> None:
+        """Shift the input of the module after the sum."""
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            tokens = args[0]
+            value = getattr(self.model, self.attribute).expand(tokens.shape[0], -1, -1)
+            new = wire(value)
+            if not wire.writes:
+                return None
+            shift = nn.functional.pad(new - value, (0, 0, self.skip, 0))
+            return (tokens + shift, *args[1:]), kwargs
+
+        wiring.before(self.after, hook)

@@ -88,7 +88,7 @@ def build(request: Request, **options: Any) -> nn.Module:
 def input_shape(module: Any) -> tuple[int, int, int]:
     """Return (channels, height, width) of a timm model with a patch embedding."""
     height, width = module.patch_embed.img_size
-    return int(module.patch_embed.proj.weight.shape[1]), int(height), int(width)
+    return int(module.in_chans), int(height), int(width)
 
 
 def transform(module: Any, shape: tuple[int, int, int]) -> Transform:

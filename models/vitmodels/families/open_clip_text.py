@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from vitmodels import open_clip_backend as backend
 from vitmodels import open_clip_names as naming
 from vitmodels.families.open_clip_vit import first, resblock_taps
-from vitmodels.families.timm_vit import PositionTap
 from vitmodels.family import Anatomy, Family, Request
 from vitmodels.spec import TokenGrid
-from vitmodels.taps import InputTap, OutputTap, Tap, Wire, Wiring
+from vitmodels.taps import InputTap, OutputTap, PositionTap, Tap, Wire, Wiring
 
 
 def call_text(module: Any, x: Any) -> Tensor:

@@ -16,10 +16,9 @@ from vitmodels import open_clip_backend as backend
 from vitmodels import open_clip_names as naming
 from vitmodels.attention import PARTS, PARTS_MHA, attention_taps
 from vitmodels.blocks import block_taps
-from vitmodels.families.timm_vit import PositionTap
 from vitmodels.family import Anatomy, Family, Request
 from vitmodels.spec import TokenGrid
-from vitmodels.taps import InputTap, OutputTap, Tap
+from vitmodels.taps import InputTap, OutputTap, PositionTap, Tap
 
 
 def first(output: Any) -> Tensor:
