@@ -1,7 +1,7 @@
-"""Does a harvest take the disk and the memory that its plan says? Bytes and peak, in one child process.
+r"""Compare the disk and the memory that a harvest takes with its plan.
 
     python benchmarks/plan.py --data digits --model toy/digits-4l
-    python benchmarks/plan.py --data cifar10/train.parquet --limit 5000 \\
+    python benchmarks/plan.py --data cifar10/train.parquet --limit 5000 \
         --model timm/vit_small_patch14_dinov2 --weights weights.safetensors --img-size 98
 
 Prints JSON: planned and found bytes of every object under ``acts/``, projected and measured peak

@@ -1,8 +1,8 @@
 """``actstore quickstart``: the whole path on data that ship with the package.
 
-Harvest every layer of a 4-layer ViT over 5,000 digits, train a dictionary a layer from one read of
-the store, evaluate them with the model, count their firing with dask, and show it. Every stage keeps
-what it finished: run again, it goes on or loads.
+Harvest every layer of a 4-layer ViT over 5,000 digits, train a dictionary a layer from one read
+of the store, evaluate them with the model, count their firing with dask, and show it. Run again,
+the harvest and the training go on where they were.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python examples/train_toy.py digits-2l --out digits-2l.safetensors
 
-The data are the 5,000 handwritten digits of `actstore.sources`; every fifth item (index % 5 == 4) is
-the test set, 100 of each class. Initialisation, order and augmentation come from one generator, so a
-run on the same machine and thread count gives the same weights.
+The data are the 5,000 handwritten digits of `actstore.sources`; every fifth item (index % 5 == 4)
+is the test set, 100 of each class. Initialisation, order and augmentation come from one generator,
+so a run on the same machine and thread count gives the same weights.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BATCH = 128
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
     """Draw matrices with variance 1 / fan-in; position and CLS embeddings with deviation 0.2.
 
-    The usual deviation of 0.02 is made for wide models: at width 64 it costs three times the epochs.
+    The usual deviation of 0.02 is for wide models: at width 64 it costs three times the epochs.
     """
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -37,7 +37,7 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def augment(x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Rotate by up to 12 degrees, scale and shear by up to 12 and 20 %, shift by up to 1.5 pixels."""
+    """Rotate by up to 12 degrees, scale by 12 %, shear by 20 %, shift by up to 1.5 pixels."""
     batch = len(x_BCHW)
     u = torch.rand(5, batch, generator=generator) * 2 - 1
     angle, scale = u[0] * math.radians(12), 1 + 0.12 * u[1]
@@ -57,7 +57,7 @@ def accuracy(module: nn.Module, x_BCHW: Tensor, label_B: Tensor) -> float:
 
 
 def main() -> None:
-    """Train, round the weights to float16, and write them with the accuracy of the rounded model."""
+    """Train, round the weights to float16, write them with the accuracy of the rounded model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", default="digits-1l", choices=NAMES)
     parser.add_argument("--out", help="where to write the .safetensors file")

@@ -1,4 +1,4 @@
-"""One look at the dictionaries of several layers: L0, firing rates, and what some latents fire on."""
+"""One look at the dictionaries of several layers: L0, firing rates, what some latents fire on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def l0_by_layer(axes: Axes, reports: Mapping[str, Report]) -> None:
 
 
 def firing_rates(axes: Axes, found: Mapping[str, Sparsity]) -> None:
-    """Draw the distribution of log10 firing rates, a line a layer; latents that never fire are told.
+    """Draw the distribution of log10 firing rates, a line a layer, and tell the dead share.
 
     Parameters
     ----------
@@ -59,8 +59,10 @@ def firing_rates(axes: Axes, found: Mapping[str, Sparsity]) -> None:
 
 
 def latents_to_show(sparsity: Sparsity, count: int) -> Int[np.ndarray, " n"]:
-    """Return the `count` latents of largest activation that fire on at least 20 and at most 2 % of
-    the patches (all tokens, where there are no patches).
+    """Return the `count` latents of largest activation among those that are selective.
+
+    Selective ones fire on at least 20 and at most 2 % of the patches (of all tokens, where there
+    are no patches).
     """
     kind = sparsity.kinds.index("patch") if "patch" in sparsity.kinds else 0
     fired, tokens = sparsity.fired[kind], int(sparsity.tokens[kind])
