@@ -14,6 +14,7 @@ import vitmodels.families
 from vitmodels.family import Family, Request
 from vitmodels.model import VisionModel
 from vitmodels.names import nearest
+from vitmodels.prisma_names import from_prisma
 from vitmodels.spec import ModelSpec
 from vitmodels.weights import digest, seeded
 
@@ -47,13 +48,14 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def resolve(id: str) -> tuple[Family, str]:
-    """Return the family of an id and its name without the prefix.
+    """Return the family of an id, or of a name of Prisma's, and its name without the prefix.
 
     Raises
     ------
     ValueError
         No family claims it; the message holds the nearest names.
     """
+    id = from_prisma(id)
     prefix, slash, name = id.partition("/")
     if slash:
         for family in families():

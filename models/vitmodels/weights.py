@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
+_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "target_encoder")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

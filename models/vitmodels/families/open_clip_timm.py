@@ -134,7 +134,7 @@ class OpenClipTimm(Family):
             tower: nn.Module = Eva(
                 img_size=32,
                 patch_size=8,
-                embed_dim=24,
+                embed_dim=32,
                 depth=3,
                 num_heads=4,
                 num_classes=20,
