@@ -1,0 +1,146 @@
+"""The command ``dictlearn``: train, eval, sparsity, and what `dictlearn.formats.commands` adds."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from dictlearn.schedule import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train dictionaries off a store, all from one read of it; the same command resumes."""
+
+    store: tyro.conf.Positional[str]
+    """The store."""
+    out: Path
+    """Folder of the run: log, checkpoints, dictionaries."""
+    sites: str = "*"
+    """Sites or patterns; one dictionary each (an SAE), unless --writes or --together."""
+    writes: str | None = None
+    """Sites or patterns to write instead: one transcoder from the sites to these."""
+    together: bool = False
+    """One crosscoder over all the sites."""
+    kind: Literal["TopK", "BatchTopK", "ReLU", "JumpReLU", "Gated"] = "TopK"
+    """Which latents are active; see dictlearn.config."""
+    k: int | None = None
+    """Latents kept for a token (TopK, BatchTopK); 32 by default."""
+    l1: float | None = None
+    """Coefficient of the L1 penalty (ReLU, Gated)."""
+    l0: float | None = None
+    """Coefficient of the penalty of JumpReLU."""
+    expansion: int = 8
+    """Latents for each channel read."""
+    latents: int | None = None
+    """Number of latents, instead of --expansion."""
+    prefixes: tuple[int, ...] = ()
+    """Matryoshka prefixes; the full width is always one."""
+    skip: bool = False
+    """Add a linear path past the latents."""
+    config: Path | None = None
+    """A run.json: train the dictionaries it describes, as it describes; other options but the
+    store and --out are then ignored."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=TrainConfig
+    )
+    """How to train."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Evaluate dictionaries on a store; several give a table to compare."""
+
+    dictionaries: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of dictionaries, or of runs (every dictionary in them)."""
+    store: str
+    """The store."""
+    tokens: str | None = None
+    """Token kinds; those each dictionary was trained on by default."""
+    held_out: bool = True
+    """Only items its training held out, where it held out any."""
+    model: bool = False
+    """Also measure the substitution loss with the model the store names."""
+    weights: str | None = None
+    """Local weights of that model."""
+    data: str | None = None
+    """The images, if they moved since the harvest."""
+    images: int = 1000
+    """Images of the substitution loss."""
+    limit: int | None = None
+    """Stop after about so many tokens."""
+    out: Path | None = None
+    """Write the reports here as JSON."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparsityOf:
+    """Firing rates, L0 by position and best items of every latent over a store, by dask."""
+
+    dictionary: tyro.conf.Positional[Path]
+    """Folder of the dictionary."""
+    store: str
+    """The store."""
+    out: Path
+    """Folder of the parquet tables."""
+    tokens: str | None = None
+    """Token kinds; every kind stored by default."""
+    top: int = 10
+    """Best items kept of each latent."""
+
+
+def _handlers() -> dict[type, Callable[[Any], int]]:
+    from dictlearn import commands
+
+    return {
+        Train: commands.train_with_progress,
+        Eval: commands.eval_with_progress,
+        SparsityOf: commands.print_sparsity,
+    }
+
+
+def subcommands() -> dict[str, Callable[..., Any]]:
+    """Return every subcommand by name."""
+    from dictlearn.formats.commands import convert, pretrained
+
+    return {
+        "train": Train,
+        "eval": Eval,
+        "sparsity": SparsityOf,
+        "convert": convert,
+        "pretrained": pretrained,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, or 1 after a message that says what went wrong."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
+    try:
+        result = tyro.extras.subcommand_cli_from_dict(
+            subcommands(), prog="dictlearn", description=__doc__, args=words
+        )
+        handler = _handlers().get(type(result))
+        code = handler(result) if handler else result
+    except (ValueError, KeyError, OSError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        sys.stderr.write(f"error: {text}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from the last checkpoint\n")
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
