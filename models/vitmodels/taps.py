@@ -241,7 +241,8 @@ class MidStreamTap(Tap):
             held["added"] = _same(output)
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> Any:
-            return _replace(output, held.pop("stream") + self.gain(held.pop("added")))
+            total = held.pop("stream") + self.gain(held.pop("added"))
+            return _replace(output, total.reshape(_same(output).shape))
 
         wiring.before(self.branch, enter)
         if wire.writes:
@@ -261,6 +262,10 @@ class HeadOutTap(Tap):
     """The output projection."""
     heads: int
     """Number of heads."""
+    to_site: Callable[[Tensor], Tensor] | None = None
+    """Batch and tokens of the module -> those of the site (windows folded into the batch)."""
+    from_site: Callable[[Tensor], Tensor] | None = None
+    """The inverse of `to_site`."""
 
     def attach(self, wire: Wire, wiring: Wiring) -> None:
         """Pass the heads' shares through the wire."""
@@ -268,9 +273,11 @@ class HeadOutTap(Tap):
         def hook(module: nn.Linear, args: Any, output: Tensor) -> Tensor | None:
             z_BTHK = args[0].reshape(*args[0].shape[:-1], self.heads, -1)
             w_DHK = module.weight.reshape(module.out_features, self.heads, -1)
-            value = wire(torch.einsum("...hk,dhk->...hd", z_BTHK, w_DHK))
+            shares = torch.einsum("...hk,dhk->...hd", z_BTHK, w_DHK)
+            value = wire(self.to_site(shares) if self.to_site else shares)
             if not wire.writes:
                 return None
+            value = self.from_site(value) if self.from_site else value
             total = value.sum(dim=-2)
             return total if module.bias is None else total + module.bias
 

@@ -181,6 +181,8 @@ def test_attention(case: Case) -> None:
                 case.model.anatomy.call(case.model.module, case.x)
             handle.remove()
             total = a[f"{block}.head_out"].sum(-2)
+            if tap.from_site is not None:
+                total = tap.from_site(total)
             if tap.module.bias is not None:
                 total = total + tap.module.bias
             torch.testing.assert_close(total.reshape(kept[0].shape), kept[0], **TOLERANCE)
