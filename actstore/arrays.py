@@ -19,8 +19,8 @@ from actstore.storage import open_storage
 from actstore.store import Store, create_store
 from actstore.writer import PartBuffer
 
-_FILL_ITEMS = 8
-"""Items moved into a buffer at a time."""
+_FILL_BYTES = 128 << 10
+"""Bytes moved into a buffer at a time; they stay in the cache."""
 
 _DIGEST_ITEMS = 256
 """Items read at a time to sum them."""
@@ -131,9 +131,14 @@ def write_arrays(
 
 
 def _fill(buffer: PartBuffer, specs: Mapping[ArraySpec, np.ndarray], chosen: np.ndarray) -> None:
-    """Gather items into a buffer, a few at a time so that they stay in the cache."""
-    for start in range(0, len(chosen), _FILL_ITEMS):
-        some = chosen[start : start + _FILL_ITEMS]
+    """Move items into a buffer: large ones straight from the array, small ones gathered first."""
+    item_bytes = sum(value[0].nbytes for value in specs.values())
+    step = max(1, _FILL_BYTES // item_bytes)
+    for start in range(0, len(chosen), step):
+        some: np.ndarray | slice = chosen[start : start + step]
+        if step == 1:
+            first = int(chosen[start])
+            some = slice(first, first + 1)
         buffer.append({spec: value[some] for spec, value in specs.items()})
 
 

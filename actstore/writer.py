@@ -24,7 +24,7 @@ from actstore.commit import (
 from actstore.crc import combine, crc32c
 from actstore.index import encode_index_rows
 from actstore.manifest import ArraySpec, FormatError, Manifest
-from actstore.stats import ChannelStats
+from actstore.stats import ChannelStats, MomentSum
 from actstore.storage import Storage
 
 FLOAT16_MAX = 65504.0
@@ -230,12 +230,13 @@ def _write_shard(
 
 def _summary(manifest: Manifest, array: ArraySpec, buffer: PartBuffer) -> _Summary:
     """Sum a shard and take its moments, a stripe at a time while it is in the cache."""
-    total = ChannelStats.empty(array.channels)
+    rows = buffer.items * array.stripe_tokens
+    moments = MomentSum(manifest.dtype, rows, array.channels)
     sums = []
     for stripe in buffer.stripes[array]:
         sums.append(crc32c(stripe))
-        values = layout.from_stored(stripe[: buffer.items], manifest.dtype)
-        total = total.merge(ChannelStats.of(values.reshape(-1, array.channels)))
+        moments.add(stripe[: buffer.items].reshape(rows, array.channels))
+    total = moments.total
     if not np.isfinite(total.absmax).all():
         channel = int(np.isfinite(total.absmax).argmin())
         raise_range(array, channel, float(total.absmax[channel]), manifest.dtype)

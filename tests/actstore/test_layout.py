@@ -190,3 +190,18 @@ def test_plan_to_the_byte():
     manifest = Manifest(items=22, items_per_part=5, arrays=(array,), dtype="float32")
     assert layout.stripe_bytes(manifest, array) == 5 * 2 * 8 * 4
     assert layout.shard_bytes(manifest, array) == 3 * 320 + 3 * 16 + 4
+
+
+def test_float16_is_widened_exactly():
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)].reshape(-1, 8)
+    wide = layout.widen(every, "float16", np.empty(every.shape, np.int32))
+    assert (wide.view(np.uint32) == every.astype(np.float32).view(np.uint32)).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
+def test_other_dtypes_are_widened_exactly(dtype):
+    stored = (values((40, 8)) * 30).astype("int8" if dtype == "int8" else "float32")
+    stored = layout.to_bfloat16(stored) if dtype == "bfloat16" else stored
+    wide = layout.widen(stored, dtype, np.empty(stored.shape, np.int32))
+    assert (wide == layout.from_stored(stored, dtype)).all()
