@@ -82,6 +82,8 @@ class Filler:
         self._checksums = functools.lru_cache(1024)(self._read_checksums)
         self._widths = np.array([c.width for c in selection.columns], dtype=np.int64)
         self._first_token = np.array([c.token[0] for c in selection.columns], dtype=np.int32)
+        arrays = {s.array for c in selection.columns for s in c.stripes}
+        self._spans = {a: layout.raw_spans(self._manifest, a).tolist() for a in arrays}
         self._sources = [[self._source(c, s) for s in c.stripes] for c in selection.columns]
 
     def close(self) -> None:
@@ -118,7 +120,7 @@ class Filler:
     def _source(self, column: Column, stripe: Stripe) -> tuple[Stripe, ArraySpec, int, int, bool]:
         """Return a stripe with its place in the shard, and whether its bytes are the rows."""
         array = stripe.array
-        offset, length = layout.raw_spans(self._manifest, array)[stripe.index].tolist()
+        offset, length = self._spans[array][stripe.index]
         whole = len(stripe.tokens) == column.width == array.stripe_tokens
         return stripe, array, offset, length, whole
 

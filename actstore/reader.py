@@ -23,16 +23,24 @@ if TYPE_CHECKING:
     from actstore.store import Store
 
 
+_BLOCK = 256
+"""Rows converted at a time."""
+
+
 class NumpySink:
-    """Batches as arrays, in the stored dtype or another."""
+    """Batches as arrays, in the stored dtype or another.
+
+    Rows that need no change go straight from the pool to the batch; others by blocks that stay
+    in the second-level cache.
+    """
 
     def __init__(self, selection: Selection, dtype: Any) -> None:
         self._slices = selection.slices
         self._stored = selection.store.manifest.dtype
+        stored = layout.storage_dtype(self._stored)
         self._recycler = Recycler(selection.width, dtype)
-        self._plain = np.dtype(dtype) == layout.storage_dtype(self._stored) and (
-            self._stored in ("float16", "float32")
-        )
+        self._plain = np.dtype(dtype) == stored and self._stored in ("float16", "float32")
+        self._block = np.empty((_BLOCK, selection.width), dtype=stored)
 
     def begin(self, rows: int) -> None:
         """See `Sink.begin`."""
@@ -47,12 +55,20 @@ class NumpySink:
             out = self._acts[first:last, channels]
             if self._plain and out.flags.c_contiguous:
                 np.take(values, rows, axis=0, out=out, mode="clip")
-            elif self._plain:
-                out[:] = values[rows]
             else:
-                out[:] = layout.from_stored(values[rows], self._stored)
+                self._by_blocks(values, rows, out)
         np.take(buffer.item, rows, out=self._item[first:last], mode="clip")
         np.take(buffer.token, rows, out=self._token[first:last], mode="clip")
+
+    def _by_blocks(self, values: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+        width = values.shape[1]
+        for start in range(0, len(rows), _BLOCK):
+            chosen = rows[start : start + _BLOCK]
+            block = self._block.reshape(-1)[: len(chosen) * width].reshape(-1, width)
+            np.take(values, chosen, axis=0, out=block, mode="clip")
+            out[start : start + _BLOCK] = (
+                block if self._plain else layout.from_stored(block, self._stored)
+            )
 
     def finish(self) -> Batch:
         """See `Sink.finish`."""

@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from actstore.manifest import ArraySpec, Manifest
 from actstore.order import keyed_permutation
+from actstore.pipeline import PartPipeline
 from actstore.storage import open_storage
 from actstore.store import Store, create_store
-from actstore.writer import PartBuffer, write_part
 
 RANK = 32
 
@@ -57,31 +57,33 @@ def write_synthetic(
     mean = rng.normal(size=channels).astype(np.float32)
     gain = np.exp(rng.normal(size=channels) * 0.5).astype(np.float32)
     mean[rng.choice(channels, 3, replace=False)] = 80.0  # massive channels
-    buffer = PartBuffer(manifest)
-    for part in store.missing_parts:
-        count = manifest.planned(part)
-        source = keyed_permutation(
-            np.arange(part * items_per_part, part * items_per_part + count), items, seed
-        )
-        buffer.clear()
-        values = {}
-        for array in arrays:
-            of_item = rng.normal(size=(count, 1, RANK)).astype(np.float32)
-            of_token = rng.normal(size=(count, array.tokens, RANK)).astype(np.float32)
-            of_token += of_item
-            flat = of_token.reshape(-1, RANK) @ mix
-            values[array] = (flat * gain + mean).reshape(count, array.tokens, channels).astype("f2")
-        buffer.append(values)
-        rows = pa.table(
-            {
-                "position": np.arange(part * items_per_part, part * items_per_part + count),
-                "source": source,
-                "key": [str(i) for i in source.tolist()],
-                "label": source * 100 // items,
-                "label_name": [str(i) for i in (source * 100 // items).tolist()],
-                "status": ["ok"] * count,
-            }
-        )
-        write_part(storage, manifest, part, buffer, rows)
+    with PartPipeline(storage, manifest) as pipeline:
+        for part in store.missing_parts:
+            count = manifest.planned(part)
+            source = keyed_permutation(
+                np.arange(part * items_per_part, part * items_per_part + count), items, seed
+            )
+            buffer = pipeline.next_buffer()
+            values = {}
+            for array in arrays:
+                of_item = rng.normal(size=(count, 1, RANK)).astype(np.float32)
+                of_token = rng.normal(size=(count, array.tokens, RANK)).astype(np.float32)
+                of_token += of_item
+                flat = of_token.reshape(-1, RANK) @ mix
+                values[array] = (
+                    (flat * gain + mean).reshape(count, array.tokens, channels).astype("f2")
+                )
+            buffer.append(values)
+            rows = pa.table(
+                {
+                    "position": np.arange(part * items_per_part, part * items_per_part + count),
+                    "source": source,
+                    "key": [str(i) for i in source.tolist()],
+                    "label": source * 100 // items,
+                    "label_name": [str(i) for i in (source * 100 // items).tolist()],
+                    "status": ["ok"] * count,
+                }
+            )
+            pipeline.submit(part, buffer, rows)
     store.refresh()
     return store

@@ -8,9 +8,9 @@ import numpy as np
 import actstore
 from actstore.commit import record_path
 from actstore.manifest import ArraySpec, Manifest
+from actstore.pipeline import PartPipeline
 from actstore.storage import open_storage
 from actstore.store import Store, create_store
-from actstore.writer import PartBuffer, write_part
 
 
 def expected(site: int, item: Any, token: Any, channels: int) -> np.ndarray:
@@ -56,25 +56,23 @@ def build(
     manifest = Manifest(items=items, items_per_part=size, arrays=tuple(arrays), dtype=dtype)
     storage = open_storage(folder)
     create_store(storage, manifest)
-    buffer = PartBuffer(manifest)
-    for part, count in enumerate(counts):
-        if commit is not None and part not in commit:
-            continue
-        position = np.arange(part * size, part * size + count)
-        buffer.clear()
-        values = {}
-        for array in arrays:
-            item = np.repeat(position, array.tokens)
-            token = np.tile(np.arange(array.first, array.first + array.tokens), count)
-            value = expected(int(array.site[1:]), item, token, array.channels)
-            values[array] = value.reshape(count, array.tokens, array.channels)
-        if count:
+    with PartPipeline(storage, manifest) as pipeline:
+        for part, count in enumerate(counts):
+            if commit is not None and part not in commit:
+                continue
+            position = np.arange(part * size, part * size + count)
+            buffer, values = pipeline.next_buffer(), {}
+            for array in arrays:
+                item = np.repeat(position, array.tokens)
+                token = np.tile(np.arange(array.first, array.first + array.tokens), count)
+                value = expected(int(array.site[1:]), item, token, array.channels)
+                values[array] = value.reshape(count, array.tokens, array.channels)
             buffer.append(values)
-        rows = [
-            {"position": int(p), "source": int(p), "key": str(p), "status": "ok"} for p in position
-        ]
-        if rows:
-            write_part(storage, manifest, part, buffer, rows)
+            rows = [
+                {"position": int(p), "source": int(p), "key": str(p), "status": "ok"}
+                for p in position
+            ]
+            pipeline.submit(part, buffer, rows)
     return actstore.open(folder)
 
 
