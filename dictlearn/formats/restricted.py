@@ -13,6 +13,7 @@ import gzip
 import io
 import pickle
 import pickletools
+import re
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -36,6 +37,7 @@ INERT_PACKAGES = ("vit_prisma", "sae_lens", "sae_training")
 
 _DAMAGE = (
     pickle.UnpicklingError,
+    OSError,
     RuntimeError,
     ValueError,
     TypeError,
@@ -79,10 +81,17 @@ def fields_of(value: object) -> dict[str, Any]:
 def _damage(where: object) -> Iterator[None]:
     try:
         yield
-    except FormatError:
+    except (FormatError, FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except _DAMAGE as error:
-        first = (str(error).splitlines() or [""])[0][:300]
+        text = str(error)
+        asked = re.search(r"GLOBAL (\S+)", text)
+        if asked:
+            raise FormatError(_refusal(where, [asked[1]])) from error
+        # torch's message starts with the advice to load without protection: drop it
+        first = (text.rpartition("WeightsUnpickler error:")[2].strip().splitlines() or [""])[0][
+            :300
+        ]
         raise FormatError(
             f"{where} cannot be read safely: {type(error).__name__}: {first}"
         ) from error
@@ -200,6 +209,13 @@ def _storage_from_bytes(data: bytes) -> Any:
     return load_pt(io.BytesIO(data), Path("a tensor inside the pickle"))
 
 
+def _latin1(text: str, encoding: str) -> bytes:
+    """Do what ``_codecs.encode`` does in old pickles: give the bytes of a tensor."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"the pickle encodes text as {encoding!r}")
+    return text.encode("latin1")
+
+
 class _Call:
     """A function the pickle may call, but not alter (BUILD could set attributes of a bare one)."""
 
@@ -221,6 +237,7 @@ class _Call:
 
 _ALLOWED: dict[tuple[str, str], _Call | torch.dtype] = {
     ("collections", "OrderedDict"): _Call(OrderedDict),
+    ("_codecs", "encode"): _Call(_latin1),
     # what tensors pickle to; torch offers no public name for the two rebuilders
     ("torch._utils", "_rebuild_tensor_v2"): _Call(torch._utils._rebuild_tensor_v2),
     ("torch._utils", "_rebuild_parameter"): _Call(torch._utils._rebuild_parameter),
