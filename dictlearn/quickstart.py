@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 MODEL = "toy/digits-4l"
 EXPANSION = 8
 K = 8
-TRAIN = TrainConfig(steps=600, batch_size=4096, tokens="cls,patch", holdout=0.1, lr=2e-3)
+TRAIN = TrainConfig(steps=500, batch_size=2048, tokens="cls,patch", holdout=0.1, lr=2e-3)
 
 log = logging.getLogger(__name__)
 
@@ -190,17 +190,18 @@ class _Stages:
 
 def _table(reports: Mapping[str, Report]) -> Table:
     table = Table(title=f"{MODEL} on held-out digits: BatchTopK dictionaries, k = {K}")
-    columns = ["layer", "L0 CLS", "L0 patches", "FVU", "dead"]
-    columns += ["CE clean", "spliced", "zero-abl.", "top-1 clean", "spliced", "zero-abl."]
-    for column in columns:
+    for column in ("layer", "L0\nCLS", "L0\npatches", "\nFVU", "\ndead"):
         table.add_column(column, justify="right")
+    table.add_column("CE clean/\nspliced/zeroed", justify="right")
+    table.add_column("top-1 clean/\nspliced/zeroed", justify="right")
     for layer, report in enumerate(reports.values()):
         cells = [str(layer), *(f"{report.l0_by_kind[kind]:.2f}" for kind in ("cls", "patch"))]
         cells += [f"{report.fvu:.4f}", f"{report.dead:.1%}"]
         if report.substitution is not None:
             s = report.substitution
-            cells += [f"{s.ce[c]:.3f}" for c in ("clean", "spliced", "zero")]
-            cells += [f"{s.top1[c]:.1%}" for c in ("clean", "spliced", "zero")]
+            conditions = ("clean", "spliced", "zero")
+            cells.append("/".join(f"{s.ce[c]:.3f}" for c in conditions))
+            cells.append("/".join(f"{100 * s.top1[c]:.1f}" for c in conditions) + " %")
         table.add_row(*cells)
     return table
 
@@ -213,12 +214,11 @@ def _figure(
 
     source = reopen_source(store.manifest.data)
     origin = store.table()["source"].to_pylist()
-    layer = list(reports)[-2]
-    grid = store.grid(layer)
+    grid = store.grid(next(iter(reports)))
     figure = summary(
         {str(i): report for i, report in enumerate(reports.values())},
-        {f"layer {i}" if name != layer else layer: s for i, (name, s) in enumerate(found.items())},
-        layer=layer,
+        {str(i): sparsity for i, sparsity in enumerate(found.values())},
+        layer=str(len(reports) - 2),
         image=lambda item: source.image(origin[item]),
         box=patch_box(grid.slice("patch").start, grid.patch),
     )

@@ -34,8 +34,9 @@ def l0_by_layer(axes: Axes, reports: Mapping[str, Report]) -> None:
         axes.plot(range(len(values)), values, marker="o", label=kind)
     axes.set_xticks(range(len(reports)), list(reports))
     axes.set_ylabel("active latents a token (L0)")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    axes.set_ylim(0, 1.25 * max(r.l0 for r in reports.values()))
+    axes.set_xlabel("layer")
+    axes.legend(frameon=False, loc="lower right")
 
 
 def firing_rates(axes: Axes, found: Mapping[str, Sparsity]) -> None:
@@ -52,10 +53,12 @@ def firing_rates(axes: Axes, found: Mapping[str, Sparsity]) -> None:
         alive = sparsity.rate[sparsity.rate > 0]
         count, _ = np.histogram(np.log10(alive).clip(_RATE_EDGES[0]), bins=_RATE_EDGES)
         middle = (_RATE_EDGES[:-1] + _RATE_EDGES[1:]) / 2
-        axes.plot(middle, count, drawstyle="steps-mid", label=f"{name}, {sparsity.dead:.0%} dead")
+        axes.plot(
+            middle, count, drawstyle="steps-mid", label=f"layer {name}, {sparsity.dead:.0%} dead"
+        )
     axes.set_xlabel("log10 of the share of tokens a latent fires on")
     axes.set_ylabel("latents")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def latents_to_show(sparsity: Sparsity, count: int) -> Int[np.ndarray, " n"]:
@@ -161,12 +164,14 @@ def summary(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2 + 0.75 * latents), layout="constrained")
+    figure = Figure(figsize=(9, 3.4 + 0.75 * latents), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(3.0, 0.75 * latents))
     left, right = upper.subplots(1, 2)
     l0_by_layer(left, reports)
     firing_rates(right, found)
-    lower.suptitle(f"what latents of {layer} fire on most (number of the latent at the left)")
+    lower.suptitle(
+        f"what latents of layer {layer} fire on most, and how strongly (number of the latent at the left)"
+    )
     chosen = latents_to_show(found[layer], latents)
     grid = lower.subplots(max(1, len(chosen)), items, squeeze=False)
     for axes, latent in zip(grid, chosen.tolist(), strict=False):
