@@ -225,15 +225,20 @@ class MidStreamTap(Tap):
     """Module whose output is the sum."""
     gain: Callable[[Tensor], Tensor] = field(default=lambda added: added)
     """Applied to the output of `branch_out` before the sum (a bare LayerScale parameter)."""
+    to_site: Callable[[Tensor], Tensor] = field(default=lambda value: value)
+    """The module's layout -> value of the site."""
+    from_site: Callable[[Tensor], Tensor] = field(default=lambda value: value)
+    """The inverse of `to_site`."""
 
     def attach(self, wire: Wire, wiring: Wiring) -> None:
         """Read at the branch; with an edit, also rebuild the block's output."""
         held: dict[str, Tensor] = {}
 
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            value = wire(args[0])
+            value = wire(self.to_site(args[0]))
             if not wire.writes:
                 return None
+            value = self.from_site(value)
             held["stream"] = value
             return (value, *args[1:]), kwargs
 
