@@ -170,7 +170,7 @@ def summary(
     l0_by_layer(left, reports)
     firing_rates(right, found)
     lower.suptitle(
-        f"what latents of layer {layer} fire on most, and how strongly (number of the latent at the left)"
+        f"what latents of layer {layer} fire on most, and how strongly; its number is at the left"
     )
     chosen = latents_to_show(found[layer], latents)
     grid = lower.subplots(max(1, len(chosen)), items, squeeze=False)
