@@ -3,9 +3,9 @@
 Legend: B items of a batch, T tokens, t tokens of a stripe, d channels, S items of a part.
 """
 
+import math
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from jaxtyping import Num
 from torch import Tensor
@@ -64,7 +64,8 @@ class Stager:
             for array in self._manifest.arrays
         }
         first = next(iter(picked.values()))
-        extremes = torch.stack([_extremes(value) for value in picked.values()])
+        # Of whole sites, not of picked tokens: a pass over contiguous memory is ten times faster.
+        extremes = torch.stack([_extremes(values[site]) for site in self._manifest.sites])
         if first.device.type == "cpu":
             self._check(picked, extremes)
             self._scatter(buffer, picked)
@@ -93,16 +94,17 @@ class Stager:
 
     def _check(self, values: Mapping[ArraySpec, Tensor], extremes: Tensor) -> None:
         limit = FLOAT16_MAX if self._manifest.dtype == "float16" else torch.finfo(torch.float32).max
-        fits = (extremes.abs() <= limit).all(dim=1)
-        if bool(fits.all()):
+        if bool((extremes.abs() <= limit).all()):
             return
-        array = list(values)[int(fits.logical_not().nonzero()[0])]
-        value = values[array].float()
-        bad = (value.abs() <= limit).logical_not().nonzero()
-        where = tuple(bad[0].tolist())
-        found = float(extremes[int(fits.logical_not().nonzero()[0])].abs().max())
-        here = float(value[where])
-        raise_range(array, where[-1], found if np.isinf(here) else here, self._manifest.dtype)
+        for array, value in values.items():
+            bad = (value.float().abs() <= limit).logical_not().nonzero()
+            if len(bad):
+                where = tuple(bad[0].tolist())
+                found = float(value[where])
+                if math.isinf(found):  # already cast; the extremes know what it was
+                    site = list(self._manifest.sites).index(array.site)
+                    found = float(extremes[site].abs().max())
+                raise_range(array, where[-1], found, self._manifest.dtype)
 
     def _scatter(self, buffer: PartBuffer, values: Mapping[ArraySpec, Tensor]) -> None:
         """Cast and move values [B, T, d] into the rows of the stripes [T/t, S, t, d]."""

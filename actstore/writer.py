@@ -25,7 +25,7 @@ from actstore.crc import combine, crc32c
 from actstore.index import encode_index_rows
 from actstore.manifest import ArraySpec, FormatError, Manifest
 from actstore.stats import ChannelStats, MomentSum
-from actstore.storage import Storage
+from actstore.storage import Storage, aligned_zeros
 
 FLOAT16_MAX = 65504.0
 
@@ -37,7 +37,9 @@ class PartBuffer:
         self.manifest = manifest
         dtype = layout.storage_dtype(manifest.dtype)
         self.stripes: dict[ArraySpec, np.ndarray] = {
-            a: np.zeros((a.n_stripes, manifest.items_per_part, a.stripe_tokens, a.channels), dtype)
+            a: aligned_zeros(
+                (a.n_stripes, manifest.items_per_part, a.stripe_tokens, a.channels), dtype
+            )
             for a in manifest.arrays
         }
         self.items = 0

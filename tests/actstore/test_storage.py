@@ -121,3 +121,33 @@ class TestLocal(Conformance):
     def test_unknown_scheme(self):
         with pytest.raises(ValueError, match=r"scheme 'ftp' is not supported"):
             open_storage("ftp://host/store")
+
+
+@pytest.mark.parametrize("extra", [0, 1, 4095, 4096, 5000])
+def test_direct_writes_give_the_same_bytes(tmp_path, extra, monkeypatch):
+    """Aligned memory goes past the page cache, the rest behind it the usual way."""
+    import numpy as np
+
+    from actstore import storage as module
+
+    values = module.aligned_zeros((module.DIRECT_BYTES + extra,), np.dtype(np.uint8))
+    assert values.ctypes.data % module.DIRECT_ALIGN == 0
+    values[:] = np.random.default_rng(0).integers(0, 255, len(values), dtype=np.uint8)
+    storage = LocalStorage(tmp_path)
+    storage.replace("a", [values, b"index"])
+    assert storage.read("a") == values.tobytes() + b"index"
+    storage.replace("shifted", [b"x", values[1:], values])
+    assert storage.read("shifted") == b"x" + values[1:].tobytes() + values.tobytes()
+
+    real = os.write
+
+    def refuses(descriptor, data):
+        import fcntl
+
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", refuses)
+    storage.replace("plain", [values, b"index"])
+    assert storage.read("plain") == values.tobytes() + b"index"
