@@ -19,6 +19,7 @@ from actstore.plan import (
     part_bytes,
 )
 from actstore.sources import open_source
+from actstore.sources.base import ForModel
 from actstore.storage import Storage, open_storage
 from actstore.store import Store, check_same, create_store, read_manifest
 
@@ -167,6 +168,8 @@ def prepare(
     if not len(source):
         raise ValueError(f"the data set {data!r} is empty")
     loaded = load_model(model, device)
+    if isinstance(source, ForModel):
+        source = source.for_model(loaded.spec)
     available = loaded.sites()
     names = expand_sites(sites, [n for n, info in available.items() if info.readable])
     chosen: dict[str, SiteInfo] = {name: available[name] for name in names}

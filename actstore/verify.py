@@ -161,10 +161,13 @@ def verify_against_model(
     import torch
 
     from actstore.sources import check_source
+    from actstore.sources.base import ForModel
     from actstore.staging import tokens_of
     from vitmodels.spec import SiteInfo
 
     check_model(store, model)
+    if isinstance(source, ForModel):
+        source = source.for_model(model.spec)
     check_source(source, store.manifest.data)
     rows = store.table().select(["position", "source", "status", "key"]).to_pylist()
     generator = np.random.Generator(np.random.Philox(key=seed))

@@ -16,8 +16,9 @@ def open_source(data: Any, storage_options: Mapping[str, Any] | None = None) -> 
     Parameters
     ----------
     data
-        ``"digits"``, a folder of images, a parquet file, folder or glob, an fsspec URL of one,
-        a `Source`, or any map-style data set object.
+        ``"digits"``, a folder of images or of videos, a parquet file, folder or glob, an fsspec
+        URL of one, a `Source`, or any map-style data set object. ``"video:folder?stride=4"``
+        says how clips are taken from videos.
     storage_options
         Options of fsspec for URLs.
 
@@ -45,12 +46,18 @@ def open_source(data: Any, storage_options: Mapping[str, Any] | None = None) -> 
         from actstore.sources.parquet import Parquet
 
         return Parquet(name, options)
+    from actstore.sources.video import PREFIX, VideoFolder, holds_videos
+
+    if name.startswith(PREFIX):
+        return VideoFolder.parse(name, options)
+    if "://" not in name and holds_videos(name):
+        return VideoFolder(name, None, options)
     if "://" not in name and not os.path.isdir(name):
         hint = " (did you mean 'digits'?)" if difflib.get_close_matches(name, ["digits"]) else ""
         kind = "is a file of a kind no source reads" if os.path.exists(name) else "does not exist"
         raise FileNotFoundError(
-            f"data {name!r} {kind}{hint}; allowed: digits, a folder of images, a .parquet file, "
-            "folder or glob of them, or an fsspec URL of one"
+            f"data {name!r} {kind}{hint}; allowed: digits, a folder of images or videos, a "
+            ".parquet file, folder or glob of them, or an fsspec URL of one"
         )
     from actstore.sources.folder import Folder
 
@@ -79,6 +86,10 @@ def reopen_source(
     kind = description.get("kind")
     if kind == "digits":
         source = open_source("digits")
+    elif kind == "video":
+        from actstore.sources.video import VideoFolder
+
+        source = VideoFolder.reopen(description, storage_options)
     elif kind in ("folder", "parquet"):
         source = open_source(str(description["url"]), storage_options)
     else:

@@ -5,7 +5,7 @@ import io
 import json
 import struct
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -40,6 +40,14 @@ class Source(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Return JSON for the manifest: kind, where it lies, items, fingerprint."""
+
+
+@runtime_checkable
+class ForModel(Protocol):
+    """A source whose items depend on the model: clips of as many frames as it takes."""
+
+    def for_model(self, spec: Any) -> Any:
+        """Return the source for a `vitmodels.ModelSpec`; ValueError where they do not fit."""
 
 
 def decode_image(data: bytes) -> Image.Image:

@@ -100,7 +100,7 @@ def image_transform(processor: Processor) -> Transform:
 def clip_transform(processor: Processor, frames: int) -> Transform:
     """Return the transform frames -> ``[T, C, H, W]``.
 
-    Frames are ``[T, H, W, 3]`` of uint8, or a sequence of PIL images.
+    Frames are ``[T, H, W, 3]`` of uint8, a sequence of PIL images, or a `vitmodels.clips.Clip`.
     """
     description = {"kind": "transformers", "frames": frames, **processor.config}
     return Transform(_Clips(processor, frames), description)
@@ -112,7 +112,8 @@ class _Images:
 
     def __call__(self, image: Any) -> Tensor:
         if not isinstance(image, Image.Image):
-            kind = f"array of shape {np.shape(image)}" if np.ndim(image) else type(image).__name__
+            frames = getattr(image, "frames", image)
+            kind = f"array of shape {np.shape(frames)}" if np.ndim(frames) else type(image).__name__
             raise ValueError(
                 f"this model takes images, got a {kind}; give a PIL image (clips need a video "
                 "model: vitmodels.list_models('vivit'), 'videomae', 'vjepa2', 'timesformer')"
@@ -128,6 +129,7 @@ class _Clips:
         self.frames = frames
 
     def __call__(self, clip: Any) -> Tensor:
+        clip = getattr(clip, "frames", clip)
         if isinstance(clip, Image.Image) or np.ndim(clip) == 3:
             raise ValueError(
                 f"this model takes clips of {self.frames} frames, got one image; give frames "
