@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".json", ".safetensors", ".pt", ".pkl", ".pkl.gz")
 _MAX_FILES = 8
+_TIMEOUT = 20.0
 
 
 def load_pretrained(
@@ -92,15 +93,24 @@ def _fetch(
     import huggingface_hub as hub
 
     place: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+    if row:  # published rows do not change: what was fetched once needs no network
+        names = (row.file, "config.json")
+        cached = [
+            hub.try_to_load_from_cache(repo, n, cache_dir=cache_dir, revision=revision)
+            for n in names
+        ]
+        if all(isinstance(file, str) for file in cached):
+            return Path(str(cached[0])).parent
     try:
-        listed = hub.HfApi(endpoint=endpoint).list_repo_files(repo, revision=revision)
+        info = hub.HfApi(endpoint=endpoint).model_info(repo, revision=revision, timeout=_TIMEOUT)
     except Exception as error:  # offline: what the cache holds may be enough
         logger.info("%s cannot be listed (%s), looking into the cache", repo, error)
         try:
-            cached = hub.snapshot_download(repo, local_files_only=True, **place)
+            snapshot = hub.snapshot_download(repo, local_files_only=True, **place)
         except Exception:
             raise error from None
-        return Path(cached) / folder
+        return Path(snapshot) / folder
+    listed = sorted(file.rfilename for file in info.siblings or [])
     files = choose_files(listed, folder, row)
     if not any(not f.endswith(".json") for f in files):
         raise FileNotFoundError(

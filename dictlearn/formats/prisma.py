@@ -86,8 +86,10 @@ def recognise(path: Path) -> bool:
         return True
     if file.suffix != ".pt" or file.name == "ae.pt":
         return False
-    structure = peek(file)
-    return b"W_enc" in structure and b"activation.threshold" not in structure
+    with file.open("rb") as stream:
+        if stream.read(1) == b"{":  # a header of JSON: saev
+            return False
+    return b"W_enc" in peek(file)
 
 
 def read(path: Path, normalize: str | None = None) -> Checkpoint:
@@ -245,6 +247,10 @@ def write(dictionary: Dictionary, folder: Path, about: Mapping[str, Any]) -> Pat
         "out_hook_point_layer": layer_out,
         "layer_out_subtype": subtype_out,
         "d_out": config.d_write,
+        "initialization_method": "independent",
+        "b_dec_init_method": "mean",
+        "use_ghost_grads": False,  # its default is refused by its own gated class
+        "log_to_wandb": False,
         "_device": "cpu",
         "_dtype": "float32",
     }

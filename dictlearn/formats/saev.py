@@ -4,7 +4,8 @@
 bare configuration (0.1.0), or ``{"schema": n, "cfg": {...}}``, n = 1 to 5. b_dec is subtracted
 before encoding in 0.1.0 and schema 1 and no longer from schema 2 on (the library's present loader
 forgets that for 0.1.0 files; this one does not). TopK has no ReLU, so negative values survive.
-The threshold of BatchTopK is used only if above 0, else the rule is ReLU.
+The threshold of BatchTopK is used only if above 0, else the rule is ReLU; files from before it had
+one (schema 1 and 2) are top-k of each row.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ def _rule(
         return ReLU()
     if name == "TopK":
         return TopK(whole_number(params, "top_k", file), relu=False)
+    if name == "BatchTopK" and "activation.threshold" not in state:  # it was top-k of each row
+        return TopK(min(whole_number(params, "top_k", file), out["W_enc"].shape[1]), relu=False)
     if name == "BatchTopK":
         threshold = take(state, {"t": "activation.threshold"}, file)["t"]
         out["sparsify.threshold"] = torch.where(threshold > 0, threshold, -1.0).reshape(())
@@ -112,19 +115,25 @@ def write(dictionary: Dictionary, folder: Path, about: Mapping[str, Any]) -> Pat
     require(not config.latent_norm, NAME, "a LayerNorm over the latents")
     tensors = fold_center(fold_scale(tensors_of(dictionary)), config)
     state = {k: tensors[k].contiguous() for k in _NAMES}
+    params: dict[str, Any]
     match rule:
         case ReLU(function="relu"):
-            activation: dict[str, Any] = {"cls": "Relu", "params": {"key": "relu"}}
+            name, params = "Relu", {"key": "relu"}
         case TopK(relu=False, group_max=False):
-            activation = {"cls": "TopK", "params": {"key": "top-k", "top_k": rule.k}}
+            name, params = "TopK", {"key": "top-k", "top_k": rule.k}
         case BatchTopK():
-            activation = {"cls": "BatchTopK", "params": {"key": "batch-top-k", "top_k": rule.k}}
+            name, params = "BatchTopK", {"key": "batch-top-k", "top_k": rule.k}
             state["activation.threshold"] = thresholds(tensors, config, strict=True)[0].clone()
         case _:
             raise ValueError(
                 f"the format {NAME!r} cannot hold {rule}; it holds ReLU, BatchTopK and TopK "
                 "(relu=False: it lets negative values among the k largest through)"
             )
+    params |= {
+        "sparsity": {"cls": "NoSparsity", "params": {"key": "no-sparsity"}},
+        "aux": {"cls": "NoAux", "params": {"key": "no-aux"}},
+    }
+    activation = {"cls": name, "params": params}
     header = {
         "schema": SCHEMA,
         "cfg": {"d_model": config.d_read, "d_sae": config.latents, "activation": activation},

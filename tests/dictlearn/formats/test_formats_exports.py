@@ -70,6 +70,31 @@ def test_an_unset_threshold_is_relu_everywhere(tmp_path: Path) -> None:
         torch.testing.assert_close(again.encode(x), made.encode(x), rtol=0, atol=1e-5)
 
 
+def test_the_header_of_saev_has_the_fields_of_its_own(tmp_path: Path) -> None:
+    own = Path(__file__).parent / "data" / "saev" / "osu_topk_negative" / "sae.pt"
+    ours = save(dictionary(TopK(6, relu=False)), tmp_path / "a", "saev") / "sae.pt"
+    headers = [json.loads(file.read_bytes().partition(b"\n")[0]) for file in (own, ours)]
+    assert headers[0].keys() == headers[1].keys()
+    first, second = (h["cfg"]["activation"] for h in headers)
+    assert first.keys() == second.keys()
+    assert first["params"].keys() == second["params"].keys()
+    assert first["params"]["key"] == second["params"]["key"]
+
+
+@pytest.mark.parametrize("transcoder", [False, True])
+def test_the_configuration_of_prisma_has_no_field_of_ours(tmp_path: Path, transcoder: bool) -> None:
+    case = "D_skip_topk_layer_norm" if transcoder else "B_topk_layer_norm"
+    own = Path(__file__).parent / "data" / "vit_prisma" / case / "config.json"
+    ours = save(dictionary(TopK(4), transcoder=transcoder), tmp_path / "a", "prisma")
+    known = json.loads(own.read_text())
+    written = json.loads((ours / "config.json").read_text())
+    assert written.keys() <= known.keys()
+    for name in ("activation_fn_str", "activation_fn_kwargs", "is_transcoder", "d_in", "_device"):
+        assert written[name] == known[name], name
+    for name in ("hook_point_layer", "layer_subtype", "expansion_factor", "architecture"):
+        assert written[name] == known[name], name
+
+
 TWO = Dictionary({"a": 6, "b": 6}, latents=24, sparsify=TopK(3))
 REFUSED: list[tuple[str, Dictionary, str]] = [
     ("sae_lens", TWO, r"'sae_lens' cannot hold several sites"),

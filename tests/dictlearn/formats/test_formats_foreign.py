@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from actstore.manifest import FormatError
 from dictlearn.config import BatchTopK, Gated, Matryoshka, TopK
 from dictlearn.formats import detect, formats, load
 from dictlearn.formats.registry import read
@@ -136,3 +137,16 @@ def test_overcomplete_is_told_what_its_file_lacks(tmp_path: Path) -> None:
     assert torch.equal(told(x), load(source)(x))
     other = load(tmp_path, kind="TopKSAE", top_k=4, normalization="identity")
     assert not torch.allclose(other(x), told(x))
+
+
+def test_batch_topk_of_saev_without_a_threshold_is_topk_of_a_row(tmp_path: Path) -> None:
+    header, _, body = (DATA / "saev" / "osu_topk_negative" / "sae.pt").read_bytes().partition(b"\n")
+    content = json.loads(header)
+    params = {"cls": "BatchTopK", "params": {"top_k": 6}}
+    content |= {"schema": 2, "cfg": {**content["cfg"], "activation": params}}
+    (tmp_path / "sae.pt").write_bytes(json.dumps(content).encode() + b"\n" + body)
+    assert load(tmp_path).config.sparsify == TopK(6, relu=False)
+    content["schema"] = 6
+    (tmp_path / "sae.pt").write_bytes(json.dumps(content).encode() + b"\n" + body)
+    with pytest.raises(FormatError, match=r"schema 6; this release reads up to 5"):
+        load(tmp_path)
