@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from dictlearn.analysis import Sparsity
     from dictlearn.dictionary import Dictionary
     from dictlearn.trainer import TrainEvent
+
+T = TypeVar("T")
 
 MODEL = "toy/digits-4l"
 EXPANSION = 8
@@ -179,7 +181,7 @@ class _Stages:
 
         return self._each("4 sparsity by dask (layers)", dictionaries, one)
 
-    def _each(self, title: str, names: Mapping[str, Any], one: Callable[[str], Any]) -> Any:
+    def _each(self, title: str, names: Mapping[str, Any], one: Callable[[str], T]) -> dict[str, T]:
         task = self.progress.add_task(title, total=len(names))
         found = {}
         for name in names:

@@ -165,7 +165,8 @@ def summary(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4 + 0.75 * latents), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(3.0, 0.75 * latents))
+    halves = figure.add_gridspec(2, 1, height_ratios=(3.0, 0.75 * latents))
+    upper, lower = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
     left, right = upper.subplots(1, 2)
     l0_by_layer(left, reports)
     firing_rates(right, found)
