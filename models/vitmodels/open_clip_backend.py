@@ -34,6 +34,7 @@ def build_visual(request: Request) -> nn.Module:
     from open_clip.model import resize_pos_embed
 
     known = checkpoint(request.name)
+    path = _weights_path(request, known)
     told = {**known.model_cfg["vision_cfg"], "timm_model_pretrained": False}
     if request.img_size is not None:
         told["image_size"] = request.img_size
@@ -44,7 +45,6 @@ def build_visual(request: Request) -> nn.Module:
         quick_gelu=known.model_cfg.get("quick_gelu", False),
     )
     visual: Any = clip.visual
-    path = _weights_path(request, known)
     if path is not None:
         state = _own_part(_read(path, clip), "visual.")
         old = {f"visual.{key}": value for key, value in state.items()}
@@ -81,12 +81,12 @@ def build_text(request: Request) -> nn.Module:
             f"the text tower of {request.name} is {told['hf_model_name']} of transformers; only "
             "open_clip's own text towers have sites here"
         )
+    path = _weights_path(request, known)
     for key in ("custom_text", "multimodal_cfg", "vision_cfg"):
         config.pop(key, None)
     # CustomTextCLIP keeps the tower as one module; CLIP holds the same parts by themselves.
     clip: Any = open_clip.CustomTextCLIP(**config, vision_cfg=_SMALL_VISION, text_cfg=told)
     clip.visual = nn.Identity()
-    path = _weights_path(request, known)
     if path is not None:
         state = convert_to_custom_text_state_dict(_read(path, clip))
         own = _own_part(state, "text.")

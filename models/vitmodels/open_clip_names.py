@@ -72,9 +72,11 @@ class Checkpoint:
     """open_clip's entry of the tag: hub repository, mean, std, interpolation, resize mode."""
 
 
-@cache
 def config_names() -> tuple[str, ...]:
-    """Return every configuration; none where open_clip is not installed."""
+    """Return every configuration, also those added by ``open_clip.add_model_config``.
+
+    None where open_clip is not installed.
+    """
     try:
         import open_clip
     except ImportError:

@@ -26,11 +26,15 @@ def timm_families() -> list[Family]:
     return [family for family in families() if family.prefix == "timm"]
 
 
-@cache
 def _why() -> Mapping[str, str]:
+    return _reasons(naming.config_names())
+
+
+@cache
+def _reasons(configs: tuple[str, ...]) -> Mapping[str, str]:
     """Return configuration -> why its image tower has no taps; empty text where it has."""
     families, reasons = timm_families(), dict[str, str]()
-    for config in naming.config_names():
+    for config in configs:
         told = naming.vision_cfg(config)
         trunk = told.get("timm_model_name")
         if not trunk:

@@ -3,7 +3,9 @@
 Attention is ``nn.MultiheadAttention``, whose fused inference path gives results that differ
 from its ordinary path by up to 2e-6 and that no tap can see into. It is switched off, for the
 whole process, as soon as a tower is described, so that plain, hooked, tapped and
-differentiated passes agree to the last bit.
+differentiated passes agree to the last bit. They agree with open_clip's own output when its
+parameters are frozen too: torch multiplies by another route where weights require gradients
+(1e-6).
 """
 
 from collections.abc import Callable, Mapping, Sequence
