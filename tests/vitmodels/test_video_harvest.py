@@ -114,9 +114,9 @@ def test_a_damaged_video_is_a_row_without_a_position(tmp_path: Path) -> None:
     model = make("vivit")
     with pytest.raises(ValueError, match=r"none of the .* items of the first part .* Invalid data"):
         actstore.harvest(model=model, data=source, sites="pooled", out=f"{out}0", seed=0)
-    store = actstore.harvest(model=model, data=source, sites="pooled", out=out, seed=5)
+    store = actstore.harvest(model=model, data=source, sites="pooled", out=out, seed=4)
     assert actstore.open(out).n_items == 1
-    table = store.table().to_pandas().set_index("key")
+    table = store.index().to_pandas().set_index("key")
     assert store.n_items == 1
     assert "cannot be decoded" in table.loc["b.mp4", "status"]
 
