@@ -61,12 +61,13 @@ def convert(
         about = {"model": row.model, "tokens": row.tokens, "source": {"hub": row.repo}}
         save(load_pretrained(source, **told), out, format, about)
     console = Console()
-    console.print(f"wrote {out} ({format})", highlight=False)
+    console.print(f"wrote {out} ({format})", highlight=False, soft_wrap=True)
     if format == "native" and not is_named(load(out)):
         console.print(
             "its site is not recorded: it is called 'unnamed'. Say --reads blocks.7.resid_post "
             "before using it with a store",
             highlight=False,
+            soft_wrap=True,
         )
     return 0
 

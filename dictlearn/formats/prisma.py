@@ -89,7 +89,8 @@ def recognise(path: Path) -> bool:
     with file.open("rb") as stream:
         if stream.read(1) == b"{":  # a header of JSON: saev
             return False
-    return b"W_enc" in peek(file)
+    named = file.name == WEIGHTS or _RUN.fullmatch(file.name) is not None
+    return b"W_enc" in peek(file) or (named and file.with_name(CONFIG).is_file())
 
 
 def read(path: Path, normalize: str | None = None) -> Checkpoint:
