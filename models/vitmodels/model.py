@@ -1,7 +1,7 @@
 """A vision model: the backend's own module, with names for its insides."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitmodels.family import Anatomy
 from vitmodels.spec import ModelSpec, SiteInfo, expand_sites
-from vitmodels.taps import Edit, StopForward, Wire, Wiring
+from vitmodels.taps import Edit, OutputTap, StopForward, Wire, Wiring
 from vitmodels.transforms import Transform
 
 _HEADS = ("token", "head", "channel")
@@ -46,6 +46,7 @@ class VisionModel:
         self._sites: dict[str, SiteInfo] | None = None
         self._edits: list[Mapping[str, Edit]] = []
         self._wiring: Wiring | None = None
+        self._compiled: set[nn.Module] = set()
 
     @property
     def device(self) -> torch.device:
@@ -176,12 +177,38 @@ class VisionModel:
         """Return the logits of a batch, or the features of a model without a head."""
         return self.anatomy.call(self.module, self._prepare(x))
 
+    def compile(self, **options: Any) -> None:
+        """Compile every block by ``torch.compile(**options)``, once and for good.
+
+        Sites at the borders of blocks and outside of them are read and edited with the compiled
+        blocks. Compiled code does not call hooks inside of a block: while a site in there is read
+        or edited, all blocks run uncompiled.
+        """
+        for name, tap in self.anatomy.taps.items():
+            if name.endswith(".resid_post") and isinstance(tap, OutputTap):
+                block: Any = tap.module
+                if block not in self._compiled:
+                    block.forward = torch.compile(block.forward, **options)
+                self._compiled.add(block)
+        if not self._compiled:
+            raise ValueError(f"{self.spec.id} has no blocks that can be compiled one by one")
+
+    def _stance(self, wiring: Wiring | None) -> AbstractContextManager[Any]:
+        """Run uncompiled where a hook is inside of a compiled block."""
+        if self._compiled and wiring is not None:
+            inside = {child for block in self._compiled for child in block.modules()}
+            if wiring.modules & (inside - self._compiled):
+                stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+                return stance
+        return nullcontext()
+
     @contextmanager
     def _editing(self, chosen: Mapping[str, Edit]) -> Iterator[None]:
         self._edits.append(chosen)
         try:
             self._rewire()
-            yield
+            with self._stance(self._wiring):
+                yield
         finally:
             self._edits = [other for other in self._edits if other is not chosen]
             self._rewire()
@@ -216,7 +243,8 @@ class VisionModel:
                     elif edits:
                         wires.append(Wire(name, edits=edits))
                 wiring.attach(self.anatomy.taps, wires)
-                yield
+                with self._stance(wiring):
+                    yield
         finally:
             self._rewire()
 

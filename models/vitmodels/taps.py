@@ -78,11 +78,14 @@ class Wiring:
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
         self._late: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self.modules: set[nn.Module] = set()
+        """Modules with a hook of this wiring."""
         self.shared: dict[Any, Any] = {}
         """State that taps of one wiring share, by a key of their own."""
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call ``hook(module, args, kwargs)`` before `module`; it may return (args, kwargs)."""
+        self.modules.add(module)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
@@ -90,6 +93,7 @@ class Wiring:
 
         `always`: also when the module raised.
         """
+        self.modules.add(module)
         self._handles.append(module.register_forward_hook(hook, always_call=always))
 
     def after_all(self, module: nn.Module, hook: Callable[..., Any]) -> None:
@@ -112,6 +116,7 @@ class Wiring:
         """Take every hook off."""
         while self._handles:
             self._handles.pop().remove()
+        self.modules.clear()
         self.shared.clear()
 
     def __enter__(self) -> Self:

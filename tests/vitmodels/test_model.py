@@ -119,6 +119,37 @@ def test_grad_of_matches_finite_differences() -> None:
         assert torch.allclose((got[f"{site}.grad"] * direction).sum(), expected, rtol=1e-5)
 
 
+def test_compiled_blocks(x: Tensor) -> None:
+    model = vitmodels.load("toy/digits-2l", pretrained=False, seed=3)
+    with torch.no_grad():
+        plain = model.run(x, "*", stop_early=False)
+        traced: list[int] = []
+
+        def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+            traced.append(len(graph.graph.nodes))
+            return graph
+
+        model.compile(backend=backend)
+        torch.testing.assert_close(model(x), plain["logits"])
+        assert traced, "nothing was compiled"
+        graphs = len(traced)
+        border = model.run(x, "blocks.1.resid_pre,final")
+        torch.testing.assert_close(border["final"], plain["final"])
+        inside = model.run(x, "blocks.*.pattern,blocks.*.mlp_out", stop_early=False)
+        for name, value in inside.items():
+            assert torch.equal(value, plain[name]), name
+        with model.editing({"blocks.1.mlp_out": zero}):
+            got = model.run(x, "blocks.1.{resid_mid,resid_post}")
+            edited = model(x)
+        assert torch.equal(got["blocks.1.resid_mid"], got["blocks.1.resid_post"])
+        assert not torch.allclose(edited, plain["logits"])
+        with model.editing({"blocks.0.resid_post": zero}):
+            assert not model.run(x, "blocks.1.resid_pre")["blocks.1.resid_pre"].any()
+        assert list(model.sites()) == list(plain)
+        assert len(traced) == graphs
+    torch._dynamo.reset()
+
+
 def test_edit_helpers(model: VisionModel, x: Tensor) -> None:
     sites = model.sites()
     plain = model.run(x, "blocks.0.z,blocks.0.pattern,blocks.0.resid_post")
@@ -211,6 +242,8 @@ def test_wrap_finds_the_family() -> None:
 def test_unknown_models() -> None:
     with pytest.raises(ValueError, match=r"nearest: timm/vit_small_patch16_224.*list_models"):
         vitmodels.load("timm/vit_smal_patch16_224")
+    with pytest.raises(ValueError, match=r"timm/resnet18' cannot be served.*timm\.models\.resnet"):
+        vitmodels.load("timm/resnet18")
     with pytest.raises(ValueError, match="nearest: toy/digits-"):
         vitmodels.load("toy/digits-9l")
     with pytest.raises(ValueError, match=r"no checkpoint 'augregg_in21k'.*augreg_in21k"):

@@ -27,6 +27,19 @@ class TimmViT(Columnar):
         """Leave parallel blocks to their own family."""
         return not is_parallel(name)
 
+    def refusal(self, name: str) -> str | None:
+        """Explain architectures of timm that no family describes."""
+        import timm
+
+        arch = name.partition(".")[0]
+        if not timm.is_model(arch):
+            return None
+        where = timm.model_entrypoint(arch).__module__
+        return (
+            f"no family describes the architectures of {where}. Columnar and the commonest "
+            "hierarchical transformers are served; docs/adding-a-model.md says how to add one"
+        )
+
     def accepts(self, module: Any) -> bool:
         """Accept the two classes where the blocks have ``attn`` and ``mlp``."""
         return super().accepts(module) and hasattr(module.blocks[0], "attn")
