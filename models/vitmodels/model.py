@@ -47,6 +47,7 @@ class VisionModel:
         self._edits: list[Mapping[str, Edit]] = []
         self._wiring: Wiring | None = None
         self._compiled: set[nn.Module] = set()
+        self._busy = False
 
     @property
     def device(self) -> torch.device:
@@ -121,6 +122,8 @@ class VisionModel:
         names = expand_sites(sites, self.anatomy.taps)
         batch = self._prepare(x)
         kept: dict[str, Tensor] = {}
+        if grad_of is not None and torch.is_inference_mode_enabled():
+            raise ValueError("grad_of needs autograd: call run() outside of torch.inference_mode()")
         if grad_of is None:
             outstanding = set(names) if stop_early else None
             with self._reading(names, kept, outstanding=outstanding):
@@ -223,6 +226,12 @@ class VisionModel:
         differentiable: bool = False,
     ) -> Iterator[None]:
         """Wire reads beside the edits that are active."""
+        if self._busy:
+            raise ValueError(
+                f"run() of {self.spec.id} was called while another run() of it is under way, from "
+                "an edit or another thread; get the values first, then edit with them"
+            )
+        self._busy = True
         self._unwire()
         asked = set(names)
         try:
@@ -246,6 +255,7 @@ class VisionModel:
                 with self._stance(wiring):
                     yield
         finally:
+            self._busy = False
             self._rewire()
 
     def _unwire(self) -> None:

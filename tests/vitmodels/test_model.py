@@ -1,5 +1,6 @@
 """Running, editing, loading: behaviour that does not depend on the family."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,29 @@ def test_wrong_edits(model: VisionModel, x: Tensor, site: str, edit, message: st
     assert _n_hooks(model) == 0
 
 
+def test_run_inside_of_an_edit_is_refused(model: VisionModel, x: Tensor) -> None:
+    def patch(value: Tensor) -> Tensor:
+        return model.run(x.flip(0), "blocks.0.z")["blocks.0.z"]
+
+    with (
+        model.editing({"blocks.0.z": patch}),
+        pytest.raises(ValueError, match="get the values first, then edit"),
+    ):
+        model.run(x, "logits")
+    assert _n_hooks(model) == 0
+    other = model.run(x.flip(0), "blocks.0.z")["blocks.0.z"]
+    with model.editing({"blocks.0.z": replace(other)}):
+        assert torch.equal(model.run(x, "blocks.0.z")["blocks.0.z"], other)
+
+
+def test_sites_of_a_giant_take_less_than_a_second() -> None:
+    model = vitmodels.load("timm/vit_giant_patch14_dinov2", device="meta")
+    start = time.process_time()
+    sites = model.sites()
+    assert time.process_time() - start < 1
+    assert sites["blocks.39.pattern"].shape == (24, 1370, 1370)
+
+
 def test_wrong_inputs(model: VisionModel, x: Tensor) -> None:
     with pytest.raises(ValueError, match="looks like clips"):
         model(torch.zeros(1, 8, 1, 20, 20))
@@ -205,6 +229,8 @@ def test_wrong_inputs(model: VisionModel, x: Tensor) -> None:
         model.run(torch.zeros(1, 1, 28, 28), "embed")
     with pytest.raises(ValueError, match=r"see model\.transform"):
         model([1, 2])  # type: ignore[arg-type]
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"outside of torch\.inference"):
+        model.run(x, "embed", grad_of=lambda out: out.sum())
     with pytest.raises(ValueError, match="must return a scalar"):
         model.run(x, "embed", grad_of=lambda out: out)
 
