@@ -14,6 +14,7 @@ import io
 import pickle
 import pickletools
 import re
+import struct
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -37,6 +38,9 @@ INERT_PACKAGES = ("vit_prisma", "sae_lens", "sae_training")
 
 _DAMAGE = (
     pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
     OSError,
     RuntimeError,
     ValueError,
@@ -133,7 +137,7 @@ def peek(file: Path) -> bytes:
             for entry in archive.infolist():
                 if entry.filename.endswith("data.pkl") and entry.file_size <= FREE_BYTES:
                     return archive.read(entry)
-    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
+    except _DAMAGE:
         pass
     return b""
 

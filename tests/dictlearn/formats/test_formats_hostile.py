@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import pickle
+import random
 import shutil
 import struct
 import sys
@@ -239,3 +240,27 @@ def test_every_truncation_of_a_checkpoint_is_a_format_error(tmp_path: Path) -> N
             (folder / name).write_bytes(content[:cut])
             with pytest.raises(FormatError):
                 load(folder, format)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_changed_bytes_are_a_format_error_or_another_dictionary(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    cases = sorted(path.parent for path in DATA.glob("*/*/case.json"))
+    refused = 0
+    for number in range(300):
+        case = cases[number % len(cases)]
+        folder = tmp_path / "case"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(case, folder, ignore=shutil.ignore_patterns("case.json", "io.npz"))
+        file = rng.choice(sorted(folder.iterdir()))
+        content = bytearray(file.read_bytes())
+        for _ in range(rng.choice((1, 1, 4))):
+            content[rng.randrange(min(len(content), 2000))] = rng.randrange(256)
+        file.write_bytes(content)
+        try:
+            load(folder)
+        except FormatError:
+            refused += 1
+        except ValueError as error:
+            assert "tell " in str(error)
+    assert 100 < refused < 300
