@@ -61,15 +61,9 @@ class Info:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Verify:
-    """Read every byte of a store and compare with its checksums."""
+class _Again:
+    """How to load the model of a store again."""
 
-    url: tyro.conf.Positional[str]
-    """The store."""
-    against_model: int = 0
-    """Also run this many random items through the model again and compare the values."""
-    data: str | None = None
-    """The data set, if it moved since the harvest."""
     weights: str | None = None
     """Local weights, if the harvest used them."""
     random_weights: bool = False
@@ -80,8 +74,44 @@ class Verify:
     """Side of the input in pixels, if the harvest set it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify(_Again):
+    """Read every byte of a store and compare with its checksums."""
+
+    url: tyro.conf.Positional[str]
+    """The store."""
+    against_model: int = 0
+    """Also run this many random items through the model again and compare the values."""
+    data: str | None = None
+    """The data set, if it moved since the harvest."""
     workers: int = 4
     """Threads that read."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Repair(_Again):
+    """Harvest damaged parts again; their bytes become those of the first run."""
+
+    url: tyro.conf.Positional[str]
+    """The store."""
+    parts: str | None = None
+    """Numbers of the parts, comma-separated; by default all that `verify` finds damaged."""
+    data: str | None = None
+    """The data set, if it moved since the harvest."""
+    workers: int | None = None
+    """Threads that decode."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gc:
+    """Remove what killed harvests left behind; run it when no harvest runs."""
+
+    url: tyro.conf.Positional[str]
+    """The store."""
+    dry_run: bool = False
+    """List it and stop."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,12 +126,14 @@ class Models:
 
 def _handlers() -> dict[type, Callable[[Any], int]]:
     """Return what each command runs; imported here so that `--help` is quick."""
-    from actstore import report
+    from actstore import report, report_upkeep
 
     return {
         Harvest: report.harvest_with_progress,
         Info: lambda config: report.print_info(config.url),
         Verify: report.verify_with_progress,
+        Repair: report_upkeep.repair_with_progress,
+        Gc: lambda config: report_upkeep.collect_garbage(config.url, dry_run=config.dry_run),
         Models: lambda config: report.print_models(config.pattern, with_sites=config.sites),
     }
 
@@ -115,6 +147,8 @@ def commands(arguments: Sequence[str]) -> dict[str, Callable[..., Any]]:
         "harvest": Harvest,
         "info": Info,
         "verify": Verify,
+        "repair": Repair,
+        "gc": Gc,
         "models": Models,
     }
     asked = arguments[0] if arguments else ""

@@ -36,7 +36,8 @@ _PASSED_ON = (
 """Options of the command that `harvest` takes as they are."""
 
 
-def _progress(console: Console) -> Progress:
+def progress_bars(console: Console) -> Progress:
+    """Return the bars every long command shows."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -82,6 +83,11 @@ class HarvestView:
         self._items = progress.add_task("items", total=None)
         self._parts = progress.add_task("parts", total=None)
         self.skipped = 0
+
+    def expect(self, items: int, parts: int) -> None:
+        """Set the totals where no plan gives them."""
+        self._progress.update(self._items, total=items)
+        self._progress.update(self._parts, total=parts)
 
     def __call__(self, event: "Event") -> None:
         """Take one event."""
@@ -134,7 +140,7 @@ def harvest_with_progress(config: "Harvest") -> int:
     if config.dry_run:
         console.print(plan_table(dry_run(model=model, out=config.out, **options)))
         return 0
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         view = HarvestView(console, progress)
         store = harvest(model=model, out=config.out, on_event=view, **options)
     missing = len(store.missing_parts)
@@ -200,7 +206,7 @@ def verify_with_progress(config: "Verify") -> int:
 
     store = open_store(config.url)
     console = Console()
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         task = progress.add_task("parts", total=int((store.part_items >= 0).sum()))
         problems = verify(store, workers=config.workers, on_part=lambda _: progress.advance(task))
     for problem in problems:

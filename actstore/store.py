@@ -5,7 +5,7 @@ import difflib
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,7 +72,10 @@ class Store:
         Valid items of every part; -1 for a part that is not committed.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+    def __init__(
+        self, storage: Storage, manifest: Manifest, *, without: Collection[int] = ()
+    ) -> None:
+        self._without = frozenset(without)
         self.storage = storage
         self.url = storage.url
         self.manifest = manifest
@@ -85,6 +88,8 @@ class Store:
         self.part_items = np.full(self.manifest.n_parts, -1, dtype=np.int64)
         self._commits: dict[int, Commit] = {}
         for part in committed_parts(self.storage):
+            if part in self._without:
+                continue
             commit = read_commit(self.storage, part)
             if part >= self.manifest.n_parts or commit.items > self.manifest.planned(part):
                 raise FormatError(f"{self.url}: part {part} is not part of this store's plan")
@@ -333,9 +338,12 @@ def write_metadata(storage: Storage, manifest: Manifest) -> None:
 
 
 def open_store(
-    url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
+    url: str | os.PathLike[str],
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    without: Collection[int] = (),
 ) -> Store:
-    """Open a store for reading.
+    """Open a store for reading; parts in `without` are taken for uncommitted, unread.
 
     Raises
     ------
@@ -350,4 +358,4 @@ def open_store(
         raise FileNotFoundError(
             f"no store at {os.fspath(url)}: `actstore harvest --out {os.fspath(url)} ...` makes one"
         )
-    return Store(storage, manifest)
+    return Store(storage, manifest, without=without)

@@ -1,0 +1,61 @@
+"""What the command line draws while a store is repaired or cleaned."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from actstore.report import HarvestView, load_for, progress_bars
+from actstore.store import open_store
+
+if TYPE_CHECKING:
+    from actstore.cli import Repair
+
+
+def repair_with_progress(config: "Repair") -> int:
+    """Repair damaged parts and draw it."""
+    from actstore.repair import repair
+    from actstore.sources import open_source, reopen_source
+    from actstore.verify import verify
+
+    console = Console()
+    if config.parts is None:
+        problems = verify(open_store(config.url))
+        parts = sorted({problem.part for problem in problems if problem.part >= 0})
+    else:
+        parts = parse_parts(config.parts)
+    if not parts:
+        console.print("nothing is damaged")
+        return 0
+    store = open_store(config.url, without=parts)
+    if store.manifest.model is None:
+        raise ValueError(f"{config.url} was not made by a model, it cannot be harvested again")
+    model = load_for(config, str(store.manifest.model["id"]))
+    description = store.manifest.data
+    source = open_source(config.data) if config.data else reopen_source(description)
+    with progress_bars(console) as progress:
+        view = HarvestView(console, progress)
+        view.expect(sum(store.manifest.planned(part) for part in parts), len(parts))
+        repair(store, model, source, parts, workers=config.workers, on_event=view)
+    console.print(f"harvested {len(parts)} parts again", markup=False)
+    return 0
+
+
+def parse_parts(text: str) -> list[int]:
+    """Return the part numbers of a comma list; ValueError when it is none."""
+    try:
+        return sorted({int(word) for word in text.split(",") if word.strip()})
+    except ValueError:
+        raise ValueError(f"--parts takes numbers like 3,17, not {text!r}") from None
+
+
+def collect_garbage(url: str, *, dry_run: bool) -> int:
+    """Remove leftovers of killed runs, or list them."""
+    from actstore.repair import collect, garbage
+
+    store = open_store(url)
+    console = Console()
+    found = garbage(store.storage, store.manifest) if dry_run else collect(store)
+    for path in found:
+        console.print(path, markup=False, soft_wrap=True)
+    console.print(f"{len(found)} leftovers {'found' if dry_run else 'removed'}")
+    return 0
