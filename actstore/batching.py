@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Int64, Shaped
+from jaxtyping import Shaped
 
 from actstore.pools import Allocate, Buffer, PoolThread, allocate
 from actstore.sampling import Order
@@ -43,8 +43,8 @@ class Sink(Protocol):
     def begin(self, rows: int) -> None:
         """Start a batch of so many rows."""
 
-    def take(self, buffer: Buffer, rows: Int64[np.ndarray, " n"], first: int) -> None:
-        """Copy rows of a pool to the batch, from row `first` on."""
+    def take(self, buffer: Buffer, start: int, stop: int, first: int) -> None:
+        """Copy rows ``start..stop`` of a pool to the batch, from row `first` on."""
 
     def finish(self) -> Batch:
         """Return the batch."""
@@ -178,8 +178,7 @@ class Run:
                         buffer = None
                     if buffer is None:
                         buffer = held[stream] = thread.take()
-                        buffer.order = order.permutation(cut.pool, buffer.rows)
-                    sink.take(buffer, buffer.order[cut.start : cut.stop], at)
+                    sink.take(buffer, cut.start, cut.stop, at)
                     at += cut.stop - cut.start
                     if cut.stop == buffer.rows:
                         thread.give_back(held.pop(stream))

@@ -1,8 +1,7 @@
 """Shuffled batches as tensors, with a state that is one number.
 
-On a CPU rows are gathered from the pools into reused memory, converted block by block while they
-are in the cache. On a CUDA device a pool is pinned, copied as a whole on a stream of its own
-while the one before is used, and gathered there.
+On a CPU rows are converted from the pools into reused memory. On a CUDA device a pool is pinned,
+copied as a whole on a stream of its own while the one before is used, and cut there.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Int
 
-from actstore import layout
 from actstore.batching import Batch, Recycler, Run
 from actstore.normalise import affine
 from actstore.pools import Allocate, Buffer, allocate
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["TokenLoader"]
 
 BLOCK = 256
-"""Rows converted at a time: their stored values stay in the second-level cache."""
+"""Rows normalised at a time: they stay in the second-level cache."""
 
 _DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
@@ -211,7 +209,7 @@ def _as_stored(values: np.ndarray, dtype: str) -> torch.Tensor:
 
 
 class _HostSink:
-    """Gathers on the CPU; another device than CUDA gets a copy."""
+    """Converts on the CPU; another device than CUDA gets a copy."""
 
     def __init__(
         self,
@@ -225,9 +223,6 @@ class _HostSink:
         self._affine = None if pair is None else (pair[0].cpu(), pair[1].cpu())
         bits = np.uint16 if dtype is torch.bfloat16 else _DTYPES[dtype]
         self._recycler = Recycler(selection.width, bits)
-        widest = max(s.stop - s.start for s in selection.slices.values())
-        raw = np.empty((BLOCK, widest), dtype=layout.storage_dtype(self._stored))
-        self._block = _as_stored(raw, self._stored).view(-1)
 
     def begin(self, rows: int) -> None:
         """See `actstore.batching.Sink.begin`."""
@@ -236,33 +231,20 @@ class _HostSink:
         self._item = torch.empty(rows, dtype=torch.int64)
         self._token = torch.empty(rows, dtype=torch.int32)
 
-    def take(self, buffer: Buffer, rows: Int64[np.ndarray, " n"], first: int) -> None:
+    def take(self, buffer: Buffer, start: int, stop: int, first: int) -> None:
         """See `actstore.batching.Sink.take`."""
-        index = torch.from_numpy(rows)
-        last = first + len(rows)
-        for channels, values in zip(self._slices.values(), buffer.values, strict=True):
-            self._gather(_as_stored(values, self._stored), index, first, channels)
-        torch.index_select(torch.from_numpy(buffer.item), 0, index, out=self._item[first:last])
-        torch.index_select(torch.from_numpy(buffer.token), 0, index, out=self._token[first:last])
-
-    def _gather(
-        self, values: torch.Tensor, index: torch.Tensor, first: int, channels: slice
-    ) -> None:
-        out = self._acts[first : first + len(index), channels]
-        if values.dtype == out.dtype and self._affine is None:
-            torch.index_select(values, 0, index, out=out)
-            return
-        width = values.shape[1]
-        for start in range(0, len(index), BLOCK):
-            chosen = index[start : start + BLOCK]
-            block = self._block[: len(chosen) * width].view(-1, width)
-            torch.index_select(values, 0, chosen, out=block)
-            part = out[start : start + BLOCK]
-            if self._affine is None:
-                part.copy_(block)
-            else:
-                shift, scale = (v[channels] for v in self._affine)
-                part.copy_(block.float().sub_(shift).mul_(scale))
+        last = first + stop - start
+        values = _as_stored(buffer.values[start:stop], self._stored)
+        out = self._acts[first:last]
+        if self._affine is None:
+            out.copy_(values)
+        else:
+            shift, scale = self._affine
+            for at in range(0, len(out), BLOCK):
+                block = values[at : at + BLOCK].to(torch.float32)
+                out[at : at + BLOCK].copy_(torch.sub(block, shift).mul_(scale))
+        self._item[first:last] = torch.from_numpy(buffer.item[start:stop])
+        self._token[first:last] = torch.from_numpy(buffer.token[start:stop])
 
     def finish(self) -> Batch:
         """See `actstore.batching.Sink.finish`."""
@@ -283,7 +265,7 @@ def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 
 
 class _DeviceSink:
-    """Gathers on a CUDA device, from copies of whole pools made by the reading thread."""
+    """Cuts on a CUDA device, from copies of whole pools made by the reading thread."""
 
     def __init__(
         self,
@@ -301,7 +283,7 @@ class _DeviceSink:
     def upload(self, buffer: Buffer) -> None:
         """Copy a filled pool to the device on the prefetch stream."""
         n = buffer.rows
-        host = [_as_stored(v[:n], self._stored) for v in buffer.values]
+        host = [_as_stored(buffer.values[:n], self._stored)]
         host += [torch.from_numpy(buffer.item[:n]), torch.from_numpy(buffer.token[:n])]
         if self._stream is None:
             buffer.extra = ([v.to(self._device, copy=True) for v in host], None)
@@ -319,7 +301,7 @@ class _DeviceSink:
         self._item: list[torch.Tensor] = []
         self._token: list[torch.Tensor] = []
 
-    def take(self, buffer: Buffer, rows: Int64[np.ndarray, " n"], first: int) -> None:
+    def take(self, buffer: Buffer, start: int, stop: int, first: int) -> None:
         """See `actstore.batching.Sink.take`."""
         copies, done = buffer.extra
         if done is not None:
@@ -327,11 +309,10 @@ class _DeviceSink:
             stream.wait_event(done)
             for copy in copies:
                 copy.record_stream(stream)
-        index = torch.from_numpy(rows).to(self._device)
-        *values, item, token = copies
-        self._acts.append(torch.cat([v.index_select(0, index) for v in values], dim=1))
-        self._item.append(item.index_select(0, index))
-        self._token.append(token.index_select(0, index))
+        values, item, token = copies
+        self._acts.append(values[start:stop])
+        self._item.append(item[start:stop])
+        self._token.append(token[start:stop])
 
     def finish(self) -> Batch:
         """See `actstore.batching.Sink.finish`."""

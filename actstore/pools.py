@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64, Shaped
+from jaxtyping import Int32, Int64, Shaped, UInt64
 
 from actstore import layout
 from actstore.commit import read_sidecar
@@ -20,6 +20,7 @@ from actstore.manifest import ArraySpec
 from actstore.ranges import Request, damaged, open_ranges
 from actstore.sampling import Order, Pool
 from actstore.selection import Column, Selection, Stripe
+from actstore.vectored import vectors
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
 """Makes the memory of a pool."""
@@ -31,29 +32,29 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 
 
 class Buffer:
-    """Room for one pool: values [row, channel] of every site, item and token of every row."""
+    """Room for one pool: values [row, channel], sites side by side; item and token of each row.
+
+    Rows lie in the order in which they are given out.
+    """
 
     def __init__(self, selection: Selection, rows: int, make: Allocate) -> None:
         dtype = layout.storage_dtype(selection.store.manifest.dtype)
-        widths = [s.stop - s.start for s in selection.slices.values()]
-        self.values: list[Shaped[np.ndarray, "row channel"]] = [
-            make((rows, width), dtype) for width in widths
-        ]
-        self.bytes = [v.reshape(-1).view(np.uint8).data for v in self.values]
+        self.values: Shaped[np.ndarray, "row channel"] = make((rows, selection.width), dtype)
         self.item: Int64[np.ndarray, " row"] = make((rows,), np.dtype(np.int64))
         self.token: Int32[np.ndarray, " row"] = make((rows,), np.dtype(np.int32))
+        self.address = self.values.ctypes.data
         self.rows = 0
         """Rows of the pool that is in it."""
         self.key: tuple[int, int] = (-1, -1)
         """Epoch and number of the pool that is in it."""
-        self.order: Int64[np.ndarray, " row"] = np.zeros(0, dtype=np.int64)
-        """Order in which its rows are given out; set by whoever empties it."""
+        self.place: Int64[np.ndarray, " row"] = np.zeros(0, dtype=np.int64)
+        """Where each row of the pool, in the order of `Pool`, lies in `values`."""
         self.extra: Any = None
         """Whatever `after_fill` left, for example a copy on a device."""
 
 
 class Target(NamedTuple):
-    """Where a request's bytes go."""
+    """What a request's bytes are."""
 
     stripe: Stripe
     first: int
@@ -63,7 +64,7 @@ class Target(NamedTuple):
     rows: Any
     """Which items of the stripe; None for the first ones."""
     direct: bool
-    """Whether the bytes are rows of the pool as they are."""
+    """Whether every cell of the bytes is a row, in the order of the rows."""
 
 
 class Filler:
@@ -81,7 +82,9 @@ class Filler:
         self._ranges = open_ranges(selection.store.storage)
         self._checksums = functools.lru_cache(1024)(self._read_checksums)
         self._widths = np.array([c.width for c in selection.columns], dtype=np.int64)
-        self._first_token = np.array([c.token[0] for c in selection.columns], dtype=np.int32)
+        self._tokens = np.concatenate([c.token for c in selection.columns])
+        self._first_token = np.cumsum(self._widths) - self._widths
+        self._starts = [s.start for s in selection.slices.values()]
         arrays = {s.array for c in selection.columns for s in c.stripes}
         self._spans = {a: layout.raw_spans(self._manifest, a).tolist() for a in arrays}
         self._sources = [[self._source(c, s) for s in c.stripes] for c in selection.columns]
@@ -102,9 +105,8 @@ class Filler:
             rows = selection.rows(part)
             for stripe, array, offset, length, whole in self._sources[g]:
                 span = count if rows is None else int(rows[-1]) + 1
-                direct = rows is None and whole
-                if self._check and span < size:
-                    span, direct = size, False
+                direct = rows is None and whole and not self._check
+                span = size if self._check else span
                 out.append(
                     Request(
                         layout.shard_path(array, part),
@@ -125,10 +127,15 @@ class Filler:
         return stripe, array, offset, length, whole
 
     def fill(
-        self, buffer: Buffer, pool: Pool, requests: list[Request], upcoming: list[Request]
+        self,
+        buffer: Buffer,
+        pool: Pool,
+        order: Int64[np.ndarray, " row"],
+        requests: list[Request],
+        upcoming: list[Request],
     ) -> None:
-        """Read a pool into a buffer."""
-        self._label(buffer, pool)
+        """Read a pool into a buffer; row ``order[i]`` of the pool goes to row i."""
+        self._label(buffer, pool, order)
         self._ranges.read(
             requests,
             functools.partial(self._place, buffer),
@@ -136,39 +143,43 @@ class Filler:
             upcoming,
         )
 
-    def _label(self, buffer: Buffer, pool: Pool) -> None:
-        """Write item and token of every row."""
+    def _label(self, buffer: Buffer, pool: Pool, order: Int64[np.ndarray, " row"]) -> None:
+        """Write where every row goes, and its item and token."""
         selection, n = self._selection, pool.rows
         buffer.rows = n
-        edges = pool.offset
+        buffer.place = np.empty(n, dtype=np.int64)
+        buffer.place[order] = np.arange(n, dtype=np.int64)
+        edges, lengths = pool.offset, np.diff(pool.offset)
         widths = self._widths[pool.column]
         start = selection.parts[pool.part] * self._manifest.items_per_part
+        cell = np.arange(n, dtype=np.int64) - np.repeat(edges[:-1], lengths)
         if (widths == 1).all():
-            lengths = np.diff(edges)
-            buffer.item[:n] = np.arange(n, dtype=np.int64)
-            buffer.item[:n] += np.repeat(start - edges[:-1], lengths)
-            buffer.token[:n] = np.repeat(self._first_token[pool.column], lengths)
+            item, slot = cell, np.zeros_like(cell)
         else:
-            for j, (g, width) in enumerate(zip(pool.column.tolist(), widths.tolist(), strict=True)):
-                rows = slice(int(edges[j]), int(edges[j + 1]))
-                shape = ((rows.stop - rows.start) // width, width)
-                item = start[j] + np.arange(shape[0], dtype=np.int64)
-                buffer.item[rows].reshape(shape)[:] = item[:, None]
-                buffer.token[rows].reshape(shape)[:] = selection.columns[g].token
+            item, slot = np.divmod(cell, np.repeat(widths, lengths))
         if selection.filtered:
-            for j, (part, first) in enumerate(zip(pool.part.tolist(), start.tolist(), strict=True)):
-                chosen = selection.rows(int(selection.parts[part]))
+            for j, part in enumerate(selection.parts[pool.part].tolist()):
+                chosen = selection.rows(part)
                 if chosen is not None:
                     rows = slice(int(edges[j]), int(edges[j + 1]))
-                    buffer.item[rows] = np.repeat(first + chosen, int(widths[j]))
+                    item[rows] = chosen[item[rows]]
+        item += np.repeat(start, lengths)
+        token = self._tokens[np.repeat(self._first_token[pool.column], lengths) + slot]
+        np.take(item, order, out=buffer.item[:n], mode="clip")
+        np.take(token, order, out=buffer.token[:n], mode="clip")
 
-    def _place(self, buffer: Buffer, request: Request) -> memoryview | None:
+    def _place(self, buffer: Buffer, request: Request) -> UInt64[np.ndarray, "n 2"] | None:
         target: Target = request.tag
         if not target.direct:
             return None
-        array = target.stripe.array
-        start = target.first * array.channels * self._dtype.itemsize
-        return buffer.bytes[target.stripe.site][start : start + request.length]
+        stripe, size = target.stripe, self._dtype.itemsize
+        rows = buffer.place[target.first : target.first + target.items * stripe.width]
+        return vectors(
+            buffer.address + self._starts[stripe.site] * size,
+            rows,
+            self._selection.width * size,
+            stripe.array.channels * size,
+        )
 
     def _done(self, buffer: Buffer, request: Request, view: memoryview) -> None:
         target: Target = request.tag
@@ -177,17 +188,17 @@ class Filler:
             expected = self._checksums(request.part)[stripe.array][stripe.index]
             if crc32c(view) != int(expected):
                 raise damaged(self._selection.store.storage, request, stripe.index)
-        if target.direct:
-            return
         t, d = stripe.array.stripe_tokens, stripe.array.channels
         values = np.frombuffer(view, dtype=self._dtype).reshape(-1, t, d)
         last = target.first + target.items * stripe.width
-        out = buffer.values[stripe.site][target.first : last].reshape(-1, stripe.width, d)
+        place = buffer.place[target.first : last].reshape(-1, stripe.width)
+        first = self._starts[stripe.site]
+        out = buffer.values[:, first : first + d]
         for token, slot in zip(stripe.tokens, stripe.slots, strict=True):
             if target.rows is None:
-                out[:, slot] = values[: target.items, token]
+                out[place[:, slot]] = values[: target.items, token]
             else:
-                out[:, slot] = values[target.rows, token]
+                out[place[:, slot]] = values[target.rows, token]
 
     def _read_checksums(self, part: int) -> dict[ArraySpec, np.ndarray]:
         store = self._selection.store
@@ -256,12 +267,12 @@ def _run(
         plans = _plans(filler, loads)
         now = next(plans, None)
         while now is not None:
-            key, pool, requests = now
+            key, pool, order, requests = now
             now = next(plans, None)
             buffer = free.get()
             if buffer is None or stop.is_set():
                 return
-            filler.fill(buffer, pool, requests, now[2] if now else [])
+            filler.fill(buffer, pool, order, requests, now[3] if now else [])
             buffer.key = key
             if after_fill is not None:
                 after_fill(buffer)
@@ -274,7 +285,7 @@ def _run(
 
 def _plans(
     filler: Filler, loads: Iterator[tuple[Order, int, int]]
-) -> Iterator[tuple[tuple[int, int], Pool, list[Request]]]:
+) -> Iterator[tuple[tuple[int, int], Pool, Int64[np.ndarray, " row"], list[Request]]]:
     for order, epoch, index in loads:
         pool = order.pool(index)
-        yield (epoch, index), pool, filler.requests(pool)
+        yield (epoch, index), pool, order.permutation(index, pool.rows), filler.requests(pool)

@@ -5,7 +5,9 @@ explicit look-ahead over the next requests instead (measured: many large reads a
 of one descriptor defeat the kernel's own read-ahead; WILLNEED over 32 stripes restores 2.4 GB/s).
 Looking ahead costs a tenth of a read from the page cache, so it starts with the first read that
 the cache does not serve, and ends when it has served all of the last `COLD_FOR`.
-`StorageRanges` serves any other storage, many requests in flight.
+Bytes go to their places row by row where the platform can (`vectored`), and two threads share
+the work: one copies about 5 GB/s. `StorageRanges` serves any other storage, many requests in
+flight.
 """
 
 import collections
@@ -18,18 +20,23 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from jaxtyping import UInt64
 
+from actstore import vectored
 from actstore.manifest import FormatError
 from actstore.storage import LocalStorage, Storage
 
-LOOK_AHEAD = 32
-"""Requests the kernel is told of before they are read."""
+LOOK_AHEAD = 16
+"""Requests the kernel is told of before they are read, by each thread."""
 
 COLD_FOR = 1024
 """Requests to look ahead for after one that the page cache did not serve."""
 
 MAX_OPEN = 256
 """Files kept open."""
+
+THREADS = 2
+"""Threads that read local files."""
 
 IN_FLIGHT = 16
 """Requests under way at once where the storage is remote."""
@@ -50,15 +57,15 @@ class Request(NamedTuple):
     """What the caller wants to know it by."""
 
 
-Place = Callable[[Request], memoryview | None]
-"""Gives the memory a request is read into; None borrows some until the request is done."""
+Place = Callable[[Request], UInt64[np.ndarray, "n 2"] | None]
+"""Gives address and bytes of the places a request is scattered to; None has them lent to Done."""
 
 Done = Callable[[Request, memoryview], None]
-"""Called with the bytes of a request once they are there."""
+"""Called with the bytes of a request that was not scattered; they are valid until it returns."""
 
 
 class Ranges(Protocol):
-    """Reads requests; used by one thread."""
+    """Reads requests; `read` is called by one thread, `place` and `done` by several."""
 
     def read(
         self, requests: Sequence[Request], place: Place, done: Done, upcoming: Sequence[Request]
@@ -96,29 +103,39 @@ class LocalRanges:
             if self._cold:
                 self._cold -= 1
                 self._look_ahead(line, i)
-            view = place(request)
-            if view is None:
-                if len(self._scratch) < request.length:
-                    self._scratch = np.empty(request.length, dtype=np.uint8)
-                view = self._scratch.data[: request.length]
-            start = self._from_cache(request, view)
+            places = place(request) if vectored.AVAILABLE else None
+            if places is None:
+                places, view = self._lent(request.length)
+            else:
+                view = None
+            start = self._from_cache(request, places)
             if start < request.length:
                 self._cold = COLD_FOR
                 self._look_ahead(line, i)
-                self._fill(request, view, start)
-            done(request, view)
+                self._fill(request, places, start)
+            if view is not None:
+                done(request, view)
+
+    def _lent(self, length: int) -> tuple[Any, memoryview]:
+        """Return own memory for a request: as a place, and as a view."""
+        if len(self._scratch) < length:
+            self._scratch = np.empty(length, dtype=np.uint8)
+        view = self._scratch.data[:length]
+        if not vectored.AVAILABLE:
+            return view, view
+        return np.array([[self._scratch.ctypes.data, length]], dtype=np.uint64), view
 
     def close(self) -> None:
         """See `Ranges.close`."""
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def _from_cache(self, request: Request, view: memoryview) -> int:
+    def _from_cache(self, request: Request, places: Any) -> int:
         """Read what the page cache holds; return how many bytes that was."""
         if not self._tells_cold:
             return 0
         try:
-            return os.preadv(self._file(request), [view], request.offset, os.RWF_NOWAIT)
+            return self._read(request, places, 0, os.RWF_NOWAIT)
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -127,12 +144,19 @@ class LocalRanges:
             self._tells_cold = False  # a file system that cannot tell: always look ahead
             return 0
 
-    def _fill(self, request: Request, view: memoryview, start: int) -> None:
+    def _fill(self, request: Request, places: Any, start: int) -> None:
         while start < request.length:
-            count = os.preadv(self._file(request), [view[start:]], request.offset + start)
-            if not count:
+            reached = self._read(request, places, start, 0)
+            if reached == start:
                 raise truncated(self._storage, request, start)
-            start += count
+            start = reached
+
+    def _read(self, request: Request, places: Any, start: int, flags: int) -> int:
+        descriptor = self._file(request)
+        if isinstance(places, memoryview):
+            part = [places[start:]]
+            return start + os.preadv(descriptor, part, request.offset + start, flags)
+        return vectored.read_scattered(descriptor, request.offset, places, start, flags)
 
     def _look_ahead(self, line: Sequence[Request], i: int) -> None:
         """Tell the kernel of the requests up to `LOOK_AHEAD` after number i."""
@@ -166,6 +190,33 @@ class LocalRanges:
         return descriptor
 
 
+class ThreadedRanges:
+    """Local ranges shared by some threads, each with files and memory of its own."""
+
+    def __init__(self, storage: Storage, threads: int = THREADS) -> None:
+        self._parts = [LocalRanges(storage) for _ in range(threads)]
+        self._threads = concurrent.futures.ThreadPoolExecutor(threads, "actstore-range")
+
+    def read(
+        self, requests: Sequence[Request], place: Place, done: Done, upcoming: Sequence[Request]
+    ) -> None:
+        """See `Ranges.read`."""
+        n = len(self._parts)
+        jobs = [
+            self._threads.submit(part.read, requests[i::n], place, done, upcoming[i::n])
+            for i, part in enumerate(self._parts)
+        ]
+        concurrent.futures.wait(jobs)
+        for job in jobs:
+            job.result()
+
+    def close(self) -> None:
+        """See `Ranges.close`."""
+        self._threads.shutdown(cancel_futures=True)
+        for part in self._parts:
+            part.close()
+
+
 class StorageRanges:
     """Ranges of any storage, `IN_FLIGHT` of them at once."""
 
@@ -176,17 +227,12 @@ class StorageRanges:
     def read(
         self, requests: Sequence[Request], place: Place, done: Done, upcoming: Sequence[Request]
     ) -> None:
-        """See `Ranges.read`; `upcoming` is not used."""
-        del upcoming
+        """See `Ranges.read`; all bytes are lent."""
+        del place, upcoming
         for request, data in self._fetch(requests):
             if len(data) != request.length:
                 raise truncated(self._storage, request, len(data))
-            view = place(request)
-            if view is None:
-                view = memoryview(data)
-            else:
-                view[:] = data
-            done(request, view)
+            done(request, memoryview(data))
 
     def close(self) -> None:
         """See `Ranges.close`."""
@@ -222,7 +268,7 @@ class StorageRanges:
 
 def open_ranges(storage: Storage) -> Ranges:
     """Return what reads ranges of a storage fastest."""
-    return LocalRanges(storage) if isinstance(storage, LocalStorage) else StorageRanges(storage)
+    return ThreadedRanges(storage) if isinstance(storage, LocalStorage) else StorageRanges(storage)
 
 
 def missing(storage: Storage, request: Request) -> FileNotFoundError:

@@ -6,11 +6,12 @@
 module gathers batches. Nothing here needs torch; `actstore.loader` gives tensors.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int
 
 from actstore import layout
 from actstore.batching import Batch, Recycler, Run
@@ -18,6 +19,7 @@ from actstore.pools import Buffer
 from actstore.ranges import Request, open_ranges
 from actstore.sampling import Epoch, Order, Sequential, streams_of
 from actstore.selection import Selection, Split
+from actstore.vectored import vectors
 
 if TYPE_CHECKING:
     from actstore.store import Store
@@ -28,19 +30,12 @@ _BLOCK = 256
 
 
 class NumpySink:
-    """Batches as arrays, in the stored dtype or another.
-
-    Rows that need no change go straight from the pool to the batch; others by blocks that stay
-    in the second-level cache.
-    """
+    """Batches as arrays, in the stored dtype or another."""
 
     def __init__(self, selection: Selection, dtype: Any) -> None:
         self._slices = selection.slices
         self._stored = selection.store.manifest.dtype
-        stored = layout.storage_dtype(self._stored)
         self._recycler = Recycler(selection.width, dtype)
-        self._plain = np.dtype(dtype) == stored and self._stored in ("float16", "float32")
-        self._block = np.empty((_BLOCK, selection.width), dtype=stored)
 
     def begin(self, rows: int) -> None:
         """See `Sink.begin`."""
@@ -48,27 +43,17 @@ class NumpySink:
         self._item = np.empty(rows, dtype=np.int64)
         self._token = np.empty(rows, dtype=np.int32)
 
-    def take(self, buffer: Buffer, rows: Int64[np.ndarray, " n"], first: int) -> None:
+    def take(self, buffer: Buffer, start: int, stop: int, first: int) -> None:
         """See `Sink.take`."""
-        last = first + len(rows)
-        for channels, values in zip(self._slices.values(), buffer.values, strict=True):
-            out = self._acts[first:last, channels]
-            if self._plain and out.flags.c_contiguous:
-                np.take(values, rows, axis=0, out=out, mode="clip")
-            else:
-                self._by_blocks(values, rows, out)
-        np.take(buffer.item, rows, out=self._item[first:last], mode="clip")
-        np.take(buffer.token, rows, out=self._token[first:last], mode="clip")
-
-    def _by_blocks(self, values: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
-        width = values.shape[1]
-        for start in range(0, len(rows), _BLOCK):
-            chosen = rows[start : start + _BLOCK]
-            block = self._block.reshape(-1)[: len(chosen) * width].reshape(-1, width)
-            np.take(values, chosen, axis=0, out=block, mode="clip")
-            out[start : start + _BLOCK] = (
-                block if self._plain else layout.from_stored(block, self._stored)
-            )
+        last = first + stop - start
+        values, out = buffer.values[start:stop], self._acts[first:last]
+        if self._stored == "bfloat16":
+            for at in range(0, len(values), _BLOCK):
+                out[at : at + _BLOCK] = layout.from_stored(values[at : at + _BLOCK], self._stored)
+        else:
+            out[:] = values
+        self._item[first:last] = buffer.item[start:stop]
+        self._token[first:last] = buffer.token[start:stop]
 
     def finish(self) -> Batch:
         """See `Sink.finish`."""
@@ -242,7 +227,7 @@ def items(
     stored = layout.storage_dtype(store.manifest.dtype)
     shape = (len(wanted), array.n_stripes, array.stripe_tokens, array.channels)
     out = np.empty(shape, dtype=stored)
-    flat = out.reshape(-1).view(np.uint8).data
+    flat = out.reshape(-1).view(np.uint8)
     cell = array.stripe_tokens * array.channels * stored.itemsize
     spans = layout.raw_spans(store.manifest, array)[:, 0].tolist()
     requests = []
@@ -258,12 +243,13 @@ def items(
                     tag=(i * array.n_stripes + stripe) * cell,
                 )
             )
+    one = np.zeros(1, dtype=np.uint64)
     ranges = open_ranges(store.storage)
     try:
         ranges.read(
             requests,
-            lambda request: flat[request.tag : request.tag + cell],
-            lambda request, view: None,
+            lambda request: vectors(flat.ctypes.data + request.tag, one, 0, cell),
+            functools.partial(_copy, flat),
             (),
         )
     finally:
@@ -273,3 +259,7 @@ def items(
         return values
     target = _output_dtype(store, dtype)
     return layout.from_stored(values, store.manifest.dtype).astype(target, copy=False)
+
+
+def _copy(flat: np.ndarray, request: Request, view: memoryview) -> None:
+    flat[request.tag : request.tag + len(view)] = np.frombuffer(view, dtype=np.uint8)

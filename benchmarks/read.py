@@ -130,7 +130,8 @@ def resume_ratio(store: Store, rng: np.random.Generator) -> tuple[float, float]:
     gc.collect()
     begin = time.perf_counter()
     buffer = Buffer(selection, order.max_pool_rows, allocate)
-    filler.fill(buffer, pool, filler.requests(pool), [])
+    shuffled = order.permutation(pool.index, pool.rows)
+    filler.fill(buffer, pool, shuffled, filler.requests(pool), [])
     one_pool = time.perf_counter() - begin
     filler.close()
     del buffer
