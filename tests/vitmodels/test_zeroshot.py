@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -156,3 +157,29 @@ def test_bad_input(towers) -> None:
         zero_shot(toy, text, CLASSES)
     with pytest.raises(ValueError, match="take a checkpoint of open_clip"):
         zeroshot.load_zero_shot("toy/digits-1l", CLASSES)
+
+
+def test_a_store_of_the_tower_takes_the_head_for_its_loss(towers, tmp_path: Path) -> None:
+    import actstore
+    from dictlearn import Dictionary, TopK, evaluate
+
+    image, text = towers
+    for name, colour in (("cat", "red"), ("dog", "blue"), ("goldfish", "gold")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(2):
+            picture = Image.new("RGB", (40, 40), colour)
+            picture.paste("white", (0, 0, 10 + i, 10))
+            picture.save(tmp_path / "images" / name / f"{i}.png")
+    site = "blocks.1.resid_post"
+    store = actstore.harvest(
+        model=image, data=tmp_path / "images", sites=site, out=tmp_path / "store.zarr"
+    )
+    dictionary = Dictionary(reads={site: 24}, writes={site: 24}, latents=48, sparsify=TopK(4))
+    model = zero_shot(image, text, CLASSES, scale=1.0)
+    loss = evaluate(dictionary, store, model=model, data=tmp_path / "images").substitution
+    assert loss is not None
+    assert loss.target == "labels"
+    assert set(loss.ce) == {"clean", "spliced", "zero", "mean"}
+    assert 0 < loss.kl["zero"] < 2
+    with pytest.raises(ValueError, match="no classification head"):
+        evaluate(dictionary, store, model=image, data=tmp_path / "images")
