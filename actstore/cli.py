@@ -11,7 +11,20 @@ import tyro
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Harvest:
+class _Place:
+    """Where a store on S3 lies; credentials come from the environment (AWS_*)."""
+
+    endpoint_url: str | None = None
+    """Address of an S3 server that is not Amazon's."""
+
+    @property
+    def storage_options(self) -> dict[str, Any] | None:
+        """Options for the storage."""
+        return {"endpoint_url": self.endpoint_url} if self.endpoint_url else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Harvest(_Place):
     """Run a model over a data set and keep its activations."""
 
     model: str
@@ -53,7 +66,7 @@ class Harvest:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Info:
+class Info(_Place):
     """Show what is in a store and how complete it is."""
 
     url: tyro.conf.Positional[str]
@@ -61,7 +74,7 @@ class Info:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Again:
+class _Again(_Place):
     """How to load the model of a store again."""
 
     weights: str | None = None
@@ -105,7 +118,7 @@ class Repair(_Again):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gc:
+class Gc(_Place):
     """Remove what killed harvests left behind; run it when no harvest runs."""
 
     url: tyro.conf.Positional[str]
@@ -130,10 +143,10 @@ def _handlers() -> dict[type, Callable[[Any], int]]:
 
     return {
         Harvest: report.harvest_with_progress,
-        Info: lambda config: report.print_info(config.url),
+        Info: lambda config: report.print_info(config.url, config.storage_options),
         Verify: report.verify_with_progress,
         Repair: report_upkeep.repair_with_progress,
-        Gc: lambda config: report_upkeep.collect_garbage(config.url, dry_run=config.dry_run),
+        Gc: report_upkeep.collect_garbage,
         Models: lambda config: report.print_models(config.pattern, with_sites=config.sites),
     }
 

@@ -17,8 +17,13 @@ _POLYNOMIAL = 0x82F63B78
 
 def crc32c(data: object) -> int:
     """Return the CRC-32C of a bytes-like object."""
+    return extend(0, data)
+
+
+def extend(crc: int, data: object) -> int:
+    """Return the CRC-32C of what `crc` is the sum of, followed by `data`."""
     view = np.frombuffer(data, np.uint8)  # type: ignore[call-overload]
-    return int(google_crc32c.value(view))
+    return int(google_crc32c.extend(crc, view))
 
 
 def _apply(matrix: tuple[int, ...], vector: int) -> int:

@@ -32,6 +32,7 @@ _PASSED_ON = (
     "workers",
     "strict",
     "memory",
+    "storage_options",
 )
 """Options of the command that `harvest` takes as they are."""
 
@@ -155,11 +156,11 @@ def harvest_with_progress(config: "Harvest") -> int:
     return 0
 
 
-def print_info(url: str) -> int:
+def print_info(url: str, storage_options: dict[str, Any] | None = None) -> int:
     """Print what is in a store."""
     from actstore.verify import skipped
 
-    store = open_store(url)
+    store = open_store(url, storage_options)
     m = store.manifest
     console = Console()
     console.print(f"{url}: format {m.format}", markup=False, soft_wrap=True)
@@ -204,7 +205,7 @@ def verify_with_progress(config: "Verify") -> int:
     """Verify and print what is wrong; 1 when something is."""
     from actstore.verify import verify
 
-    store = open_store(config.url)
+    store = open_store(config.url, config.storage_options)
     console = Console()
     with progress_bars(console) as progress:
         task = progress.add_task("parts", total=int((store.part_items >= 0).sum()))

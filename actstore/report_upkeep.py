@@ -8,7 +8,7 @@ from actstore.report import HarvestView, load_for, progress_bars
 from actstore.store import open_store
 
 if TYPE_CHECKING:
-    from actstore.cli import Repair
+    from actstore.cli import Gc, Repair
 
 
 def repair_with_progress(config: "Repair") -> int:
@@ -19,14 +19,14 @@ def repair_with_progress(config: "Repair") -> int:
 
     console = Console()
     if config.parts is None:
-        problems = verify(open_store(config.url))
+        problems = verify(open_store(config.url, config.storage_options))
         parts = sorted({problem.part for problem in problems if problem.part >= 0})
     else:
         parts = parse_parts(config.parts)
     if not parts:
         console.print("nothing is damaged")
         return 0
-    store = open_store(config.url, without=parts)
+    store = open_store(config.url, config.storage_options, without=parts)
     if store.manifest.model is None:
         raise ValueError(f"{config.url} was not made by a model, it cannot be harvested again")
     model = load_for(config, str(store.manifest.model["id"]))
@@ -48,14 +48,14 @@ def parse_parts(text: str) -> list[int]:
         raise ValueError(f"--parts takes numbers like 3,17, not {text!r}") from None
 
 
-def collect_garbage(url: str, *, dry_run: bool) -> int:
+def collect_garbage(config: "Gc") -> int:
     """Remove leftovers of killed runs, or list them."""
     from actstore.repair import collect, garbage
 
-    store = open_store(url)
+    store = open_store(config.url, config.storage_options)
     console = Console()
-    found = garbage(store.storage, store.manifest) if dry_run else collect(store)
+    found = garbage(store.storage, store.manifest) if config.dry_run else collect(store)
     for path in found:
         console.print(path, markup=False, soft_wrap=True)
-    console.print(f"{len(found)} leftovers {'found' if dry_run else 'removed'}")
+    console.print(f"{len(found)} leftovers {'found' if config.dry_run else 'removed'}")
     return 0

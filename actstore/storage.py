@@ -237,4 +237,12 @@ def open_storage(url: str | os.PathLike[str], options: Mapping[str, Any] | None 
         return LocalStorage(text)
     if scheme in ("file", "local"):
         return LocalStorage(rest)
-    raise ValueError(f"{text}: a store lies in a local folder; scheme {scheme!r} is not supported")
+    if scheme in ("s3", "s3a"):
+        try:
+            from actstore.remote import S3Storage
+        except ImportError:
+            raise ValueError(f"{text}: S3 needs `pip install 'actstore[s3]'`") from None
+        return S3Storage(text, options)
+    raise ValueError(
+        f"{text}: a store lies in a local folder or on S3; scheme {scheme!r} is not supported"
+    )

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
 from actstore import layout
 from actstore.commit import read_sidecar
-from actstore.crc import crc32c
+from actstore.crc import crc32c, extend
 from actstore.index import OK
 from actstore.manifest import ArraySpec, FormatError
 from actstore.store import Store
@@ -94,7 +93,7 @@ def _object_crc(store: Store, path: str, size: int) -> int:
     crc = 0
     for start in range(0, size, READ_BYTES):
         block = store.storage.read_range(path, start, READ_BYTES)
-        crc = int(google_crc32c.extend(crc, block))
+        crc = extend(crc, block)
     return crc
 
 
