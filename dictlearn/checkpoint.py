@@ -34,7 +34,9 @@ def write(folder: Path, number: int, learners: Sequence[Learner], state: dict[st
         tensors = {k: v.detach().cpu().contiguous() for k, v in learner.state().items()}
         save_file(tensors, temporary / f"learner-{i}.safetensors")
     failed = {learner.name: learner.failed for learner in learners if learner.failed}
-    (temporary / _STATE).write_text(json.dumps({**state, "step": number, "failed": failed}))
+    stopped = {learner.name: learner.stopped for learner in learners if learner.stopped}
+    record = {**state, "step": number, "failed": failed, "stopped": stopped}
+    (temporary / _STATE).write_text(json.dumps(record))
     for file in temporary.iterdir():
         _sync(file)
     _sync(temporary)
@@ -58,6 +60,7 @@ def read(path: Path, learners: Sequence[Learner]) -> dict[str, Any]:
     for i, learner in enumerate(learners):
         learner.load_state(load_file(path / f"learner-{i}.safetensors"))
         learner.failed = state["failed"].get(learner.name, "")
+        learner.stopped = state["stopped"].get(learner.name, "")
     return state
 
 

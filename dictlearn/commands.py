@@ -15,8 +15,9 @@ from rich.table import Table
 from dictlearn.config import DictionaryConfig, Matryoshka, Sparsify, sparsify_from_json
 from dictlearn.dictionary import Dictionary
 from dictlearn.report import Report, markdown
+from dictlearn.runfile import default_names
 from dictlearn.schedule import TrainConfig
-from dictlearn.trainer import TrainEvent, default_names, train
+from dictlearn.trainer import TrainEvent, train
 
 if TYPE_CHECKING:
     from actstore.store import Store

@@ -20,6 +20,7 @@ from dictlearn.kernels import Step, StepResult, step
 from dictlearn.losses import AuxK, prefixes_of
 from dictlearn.schedule import TrainConfig
 from dictlearn.sparsify import GatedSelection
+from dictlearn.upkeep import L0Controller, WeightAverage, resample
 
 _TINY = 1e-12
 
@@ -42,6 +43,8 @@ class Learner:
     """Of the encoder product."""
     failed: str = ""
     """Why training stopped early; empty while all is well."""
+    stopped: str = ""
+    """Why the held-out loss ended training early; empty while it improves."""
 
     def __post_init__(self) -> None:
         d = self.dictionary
@@ -68,6 +71,10 @@ class Learner:
         )
         self.since_fired_F = torch.zeros(d.latents, dtype=torch.int64, device=d.device)
         self.generator = torch.Generator().manual_seed(self.config.seed)
+        self.best = torch.tensor([math.inf, 0.0], dtype=torch.float64)
+        c = self.config
+        self.controller = L0Controller(c.target_l0, c.l0_gain) if c.target_l0 else None
+        self.average = WeightAverage(self.trained, c.ema) if c.ema else None
         if self.config.unit_decoder:
             self._renormalize()
 
@@ -82,7 +89,7 @@ class Learner:
         options = Step(
             prefixes=prefixes_of(matryoshka, d.latents, drawn),
             progress=number / config.steps,
-            penalty_scale=config.penalty_scale(number),
+            penalty_scale=config.penalty_scale(number) * self._controlled(),
             aux=self._aux(),
             backend=self.backend,
             max_density=config.max_density,
@@ -91,7 +98,48 @@ class Learner:
         self.since_fired_F += x_Br.shape[0]
         self.since_fired_F.masked_fill_(result.fired_F > 0, 0)
         self._update(result, number)
+        if self.failed:
+            return result
+        if self.controller is not None:
+            self.controller.update(float(result.fired_F.sum()) / x_Br.shape[0])
+        if self.average is not None:
+            self.average.update()
+        every, done = config.resample_every, number + 1
+        if every and done % every == 0 and done <= config.resample_until * config.steps:
+            dead_F = self.dead()
+            moments = {n: self.optimizer.state[v] for n, v in self.views.items()}
+            resample(d, dead_F, x_Br, target_Bw, moments, self.generator)
+            self.since_fired_F.masked_fill_(dead_F, 0)
         return result
+
+    def _controlled(self) -> float:
+        return self.controller.factor if self.controller is not None else 1.0
+
+    @torch.no_grad()
+    def error(self, x_Br: Float[Tensor, "b r"], target_Bw: Float[Tensor, "b w"]) -> float:
+        """Mean squared error of the reconstruction, under the rule of inference."""
+        d = self.dictionary
+        y_Bw = d.decode_entries(d.encode_entries(x_Br), x_Br)
+        return float((y_Bw - target_Bw).square().mean())
+
+    def note_validation(self, fvu: float, done: int) -> bool:
+        """Remember the best held-out FVU; say whether `patience` has run out."""
+        patience = self.config.patience
+        if fvu < float(self.best[0]):
+            self.best[0], self.best[1] = fvu, done
+        elif patience and done - int(self.best[1]) >= patience * self.config.validate_every:
+            self.stopped = (
+                f"{self.name}: held-out FVU has not improved since step {int(self.best[1])} "
+                f"({float(self.best[0]):.4f}, now {fvu:.4f})"
+            )
+        return bool(self.stopped)
+
+    def finish(self) -> None:
+        """Put the averaged weights in place, where they were asked for."""
+        if self.average is not None:
+            self.average.apply()
+            if self.config.unit_decoder:
+                self._renormalize()
 
     @torch.no_grad()
     def _update(self, result: StepResult, number: int) -> None:
@@ -145,6 +193,12 @@ class Learner:
                 out[f"adam.{name}.{key}"] = value
         out["since_fired"] = self.since_fired_F
         out["generator"] = self.generator.get_state()
+        out["best"] = self.best
+        if self.controller is not None:
+            out["controller"] = self.controller.log_factor
+        if self.average is not None:
+            out |= {f"ema.{k}": v for k, v in self.average.sums.items()}
+            out["ema_count"] = self.average.count
         return out
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -162,6 +216,13 @@ class Learner:
                 self.optimizer.state[view] = slot
         self.since_fired_F.copy_(tensors["since_fired"])
         self.generator.set_state(tensors["generator"])
+        self.best.copy_(tensors["best"])
+        if self.controller is not None:
+            self.controller.log_factor.copy_(tensors["controller"])
+        if self.average is not None:
+            for name, value in self.average.sums.items():
+                value.copy_(tensors[f"ema.{name}"])
+            self.average.count.copy_(tensors["ema_count"])
 
     def check(self, result: StepResult, number: int) -> None:
         """Note a loss or gradient that is not finite in `failed`; the weights then stay."""

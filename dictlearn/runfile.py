@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,21 @@ def digest(dictionary: Dictionary) -> str:
         sha.update(name.encode())
         sha.update(value.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+def default_names(dictionaries: Sequence[Dictionary]) -> list[str]:
+    """Name each dictionary by its sites; the second of a name gets ``-2`` and so on."""
+    names: list[str] = []
+    for d in dictionaries:
+        reads, writes = list(d.config.reads), list(d.config.writes)
+        base = "+".join(reads) if reads == writes else f"{'+'.join(reads)}-to-{'+'.join(writes)}"
+        base = base if len(base) <= 100 else f"{base[:80]}-{len(d.config.sites)}-sites"
+        name, number = base, 1
+        while name in names:
+            number += 1
+            name = f"{base}-{number}"
+        names.append(name)
+    return names
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -51,6 +51,22 @@ class TrainConfig:
     tokens, at most 10 million."""
     penalty_warmup: float = 0.1
     """Share of the steps in which the sparsity penalty rises linearly from 0."""
+    target_l0: float | None = None
+    """Steer the penalty of ReLU, JumpReLU or Gated so that the mean L0 approaches this."""
+    l0_gain: float = 0.01
+    """Speed of that controller: change of the log factor a step, for an L0 off by e."""
+    ema: float = 0.0
+    """Momentum of an average of the weights, which is what the run ends with; 0 keeps none."""
+    resample_every: int = 0
+    """Steps between resamplings of dead latents; 0 for none."""
+    resample_until: float = 0.5
+    """Share of the run after which nothing is resampled any more."""
+    validate_every: int = 0
+    """Steps between measurements of the FVU on the held-out items; needs `holdout`; 0 for none."""
+    validation_batches: int = 8
+    """Batches of such a measurement."""
+    patience: int = 0
+    """Measurements without improvement after which a dictionary stops; 0 never stops one."""
     tokens: str | None = None
     """Token kinds to read, ``cls,patch``; every kind stored by default."""
     holdout: float = 0.0
@@ -86,12 +102,26 @@ class TrainConfig:
             ("clip", 0, math.inf),
             ("aux_coefficient", 0, math.inf),
             ("max_density", 0, 1),
+            ("ema", 0, 0.999999),
+            ("resample_every", 0, math.inf),
+            ("resample_until", 0, 1),
+            ("validate_every", 0, math.inf),
+            ("validation_batches", 1, math.inf),
+            ("patience", 0, math.inf),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"TrainConfig.{name} = {value} is outside [{low}, {high}]")
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"TrainConfig.lr must be > 0, got {self.lr}")
+        if self.target_l0 is not None and self.target_l0 <= 0:
+            raise ValueError(f"TrainConfig.target_l0 must be > 0, got {self.target_l0}")
+        if (self.validate_every or self.patience) and not self.holdout:
+            raise ValueError(
+                "validate_every and patience need held-out items: set holdout, say 0.1"
+            )
+        if self.patience and not self.validate_every:
+            raise ValueError("patience counts measurements: set validate_every")
         if self.warmup + self.decay > 1:
             raise ValueError(
                 f"TrainConfig.warmup + decay = {self.warmup + self.decay} is more than the run"

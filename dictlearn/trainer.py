@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,8 @@ from dictlearn.formats.native import save
 from dictlearn.gemm import Backend, choose_backend
 from dictlearn.kernels import StepResult
 from dictlearn.learner import Learner
+from dictlearn.progress import Trained as Trained
+from dictlearn.progress import TrainEvent as TrainEvent
 from dictlearn.runlog import RunLog
 from dictlearn.scaling import check_sites, describe, factor_row, init_from, site_scales
 from dictlearn.scaling import factors as factors_of
@@ -39,42 +40,6 @@ if TYPE_CHECKING:
     from actstore.store import Store
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainEvent:
-    """What a run reports while it goes."""
-
-    kind: str
-    """``start``, ``resume``, ``log``, ``checkpoint``, ``failed`` or ``finished``."""
-    step: int
-    """Steps taken so far."""
-    steps: int
-    """Steps of the run."""
-    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Latest metrics by dictionary: loss terms, fvu, l0, dead, lr, grad_norm."""
-    tokens_per_second: float = 0.0
-    """Since the last event of kind ``log``."""
-    data_wait: float = 0.0
-    """Share of that time spent waiting for the store."""
-    message: str = ""
-    """What failed, or where the run resumed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """One dictionary of a finished run."""
-
-    name: str
-    """Its name: the folder in `out`, the rows of the log."""
-    dictionary: Dictionary
-    """In raw units: it takes activations as they are stored."""
-    metrics: Mapping[str, float]
-    """Of the last step that was logged."""
-    path: Path | None = None
-    """Where it was saved."""
-    failed: str = ""
-    """Why it stopped early, if it did; the weights are those of the last good step."""
 
 
 def train(
@@ -133,7 +98,7 @@ def train(
         store,
         several,
         configs,
-        default_names(several) if names is None else list(names),
+        runfile.default_names(several) if names is None else list(names),
         Path(out) if out is not None else None,
         torch.device(device),
         on_event or (lambda event: None),
@@ -141,22 +106,16 @@ def train(
     return run()
 
 
-def default_names(dictionaries: Sequence[Dictionary]) -> list[str]:
-    """Name each dictionary by its sites; the second of a name gets ``-2`` and so on."""
-    names: list[str] = []
-    for d in dictionaries:
-        reads, writes = list(d.config.reads), list(d.config.writes)
-        base = "+".join(reads) if reads == writes else f"{'+'.join(reads)}-to-{'+'.join(writes)}"
-        base = base if len(base) <= 100 else f"{base[:80]}-{len(d.config.sites)}-sites"
-        name, number = base, 1
-        while name in names:
-            number += 1
-            name = f"{base}-{number}"
-        names.append(name)
-    return names
-
-
-_DATA_FIELDS = ("steps", "batch_size", "tokens", "seed", "holdout", "split_seed", "normalize")
+_DATA_FIELDS = (
+    "steps",
+    "batch_size",
+    "tokens",
+    "seed",
+    "holdout",
+    "split_seed",
+    "normalize",
+    "validate_every",
+)
 
 
 def _check_configs(configs: Sequence[TrainConfig], count: int) -> None:
@@ -196,21 +155,24 @@ class _Run:
         )
         tokens = c.tokens or ",".join(store.kinds(sites[0]))
         self.scales = site_scales(store, sites, tokens.split(","), c.normalize)
-        self.loader = self._loader(sites, tokens)
+        self.sites, self.tokens = sites, tokens
+        self.loader = self._loader(sites, tokens, "train")
+        self.validation = bool(c.validate_every and c.holdout)
         self.metrics: dict[str, dict[str, float]] = {}
 
-    def _loader(self, sites: list[str], tokens: str) -> TokenLoader:
+    def _loader(self, sites: list[str], tokens: str, half: str) -> TokenLoader:
+        c = self.config
         options: dict[str, Any] = {
             "tokens": tokens,
-            "items": self.items,
-            "seed": self.config.seed,
+            "items": Split(half=half, holdout=c.holdout, seed=c.split_seed) if c.holdout else None,
+            "seed": c.seed,
             "device": self.device,
             "drop_last": True,
         }
-        loader = TokenLoader(self.store, sites, self.config.batch_size, **options)
-        row = factor_row(self.scales, loader.slices)
+        slices = TokenLoader(self.store, sites, c.batch_size, **options).slices
+        row = factor_row(self.scales, slices)
         pair = (torch.zeros_like(row), row)
-        return TokenLoader(self.store, sites, self.config.batch_size, normalize=pair, **options)
+        return TokenLoader(self.store, sites, c.batch_size, normalize=pair, **options)
 
     def __call__(self) -> list[Trained]:
         decided = self._decide()
@@ -309,6 +271,8 @@ class _Run:
                 waited, since, tokens = 0.0, now, 0
             if all(learner.failed for learner in self.learners):
                 raise ValueError("; ".join(learner.failed for learner in self.learners))
+            if self.validation and done % self.config.validate_every == 0:
+                self._validate(done)
             every = self.config.checkpoint_every
             if self.out is not None and (last or (every and done % every == 0)):
                 self._checkpoint(self.out, done)
@@ -318,17 +282,23 @@ class _Run:
     ) -> dict[str, StepResult]:
         results = {}
         for learner in self.learners:
-            if learner.failed:
+            if learner.failed or learner.stopped:
                 continue
-            x_Br = learner.dictionary.gather(acts, slices).contiguous()
-            c = learner.dictionary.config
-            same = list(c.reads) == list(c.writes)
-            target = x_Br if same else learner.dictionary.gather(acts, slices, write=True)
-            results[learner.name] = learner.train_step(x_Br, target, number)
+            x_Br, target_Bw = self._pair(learner.dictionary, acts, slices)
+            results[learner.name] = learner.train_step(x_Br, target_Bw, number)
             if learner.failed:
                 log.error(learner.failed)
                 self._event("failed", number, message=learner.failed)
         return results
+
+    @staticmethod
+    def _pair(
+        d: Dictionary, acts: torch.Tensor, slices: Mapping[str, slice]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input and target of one dictionary."""
+        x_Br = d.gather(acts, slices).contiguous()
+        same = list(d.config.reads) == list(d.config.writes)
+        return x_Br, x_Br if same else d.gather(acts, slices, write=True).contiguous()
 
     def _measure(self, results: Mapping[str, StepResult], acts: torch.Tensor) -> None:
         """Turn the results of a step into numbers; the only wait for the device."""
@@ -339,7 +309,9 @@ class _Run:
             if self.device.type != "cpu":
                 learner.check(result, self.config.steps)
             tokens = acts.shape[0]
+            before = self.metrics.get(learner.name, {})
             self.metrics[learner.name] = {
+                **{k: v for k, v in before.items() if k == "val_fvu"},
                 **{k: float(v) for k, v in result.losses.items()},
                 "fvu": float(result.error) / self._variance(learner.dictionary),
                 "l0": float(result.fired_F.sum()) / tokens,
@@ -356,6 +328,22 @@ class _Run:
         )
         return total / dictionary.config.d_write
 
+    def _validate(self, done: int) -> None:
+        """FVU on the first batches of the held-out items; stop those that stopped improving."""
+        sums = {n: [0.0, 0] for n in self.names}
+        with closing(iter(self._loader(self.sites, self.tokens, "validation"))) as batches:  # type: ignore[type-var]
+            for batch, _ in zip(batches, range(self.config.validation_batches), strict=False):
+                for learner in self.learners:
+                    x_Br, target_Bw = self._pair(learner.dictionary, batch.acts, batch.slices)
+                    sums[learner.name][0] += learner.error(x_Br, target_Bw) * len(batch)
+                    sums[learner.name][1] += len(batch)
+        for learner in self.learners:
+            total, count = sums[learner.name]
+            fvu = total / count / self._variance(learner.dictionary)
+            self.metrics.setdefault(learner.name, {})["val_fvu"] = fvu
+            if not learner.stopped and learner.note_validation(fvu, done):
+                self._event("stopped", done, message=learner.stopped)
+
     def _checkpoint(self, out: Path, done: int) -> None:
         state = {"loader": self.loader.state_dict(), "metrics": self.metrics}
         checkpoint.write(out, done, self.learners, state)
@@ -366,6 +354,7 @@ class _Run:
         trained = []
         for learner in self.learners:
             d = learner.dictionary
+            learner.finish()
             if self.config.normalize == "scale":
                 d.rescale_sites(factors_of(self.scales))
             metrics = self.metrics.get(learner.name, {})

@@ -18,9 +18,10 @@ from actstore.store import Store
 from dictlearn.config import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, Sparsify, TopK
 from dictlearn.dictionary import Dictionary
 from dictlearn.formats import load
+from dictlearn.runfile import default_names
 from dictlearn.runlog import read_log
 from dictlearn.schedule import TrainConfig
-from dictlearn.trainer import TrainEvent, default_names, train
+from dictlearn.trainer import TrainEvent, train
 
 SITES = ("blocks.0.resid_post", "blocks.1.resid_post")
 WIDTHS = {SITES[0]: 16, SITES[1]: 24}
@@ -53,7 +54,7 @@ def fvu(store: Store, d: Dictionary) -> float:
 def test_two_sites_train_from_one_read_and_end_in_raw_units(store: Store) -> None:
     ds = [fresh(site=s) for s in SITES]
     before = [fvu(store, d) for d in ds]
-    config = TrainConfig(steps=300, batch_size=128, lr=5e-3)
+    config = TrainConfig(steps=200, batch_size=128, lr=8e-3)
     done = train(store, ds, config)
     for trained, start in zip(done, before, strict=True):
         assert fvu(store, trained.dictionary) < 0.25 < start
