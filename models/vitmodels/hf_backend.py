@@ -10,7 +10,7 @@ import importlib.metadata
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,29 +127,47 @@ class HFFamily(Family):
         """Build by transformers: from the hub, from a folder or file, or at random."""
         transformers = backend()
         row = self.checkpoints.get(request.name)
-        place = request.weights
-        if place is None and not request.pretrained:
+        if request.weights is None and not request.pretrained:
             if row is None:
-                raise ValueError(_no_row(request.name, self.checkpoints))
-            module = self._random(transformers, row)
-            processor = Processor.from_defaults(self.processor, row.processor)
+                raise ValueError(unverified(request.name, self.checkpoints))
+            config = self._config(transformers, row)
+            module, saved = getattr(transformers, row.cls)(config, **row.options), None
         else:
-            with _quiet(transformers):
-                module, processor = self._load(transformers, request, row)
-        native = self.native_size(module.config)
-        size = output_size(processor.config) or native
-        if request.img_size is not None:
-            size = _pair(request.img_size)
-            if not self.resizes and size != native:
-                raise ValueError(
-                    f"hf/{request.name} takes inputs of {native[0]} x {native[1]} only: "
-                    f"{type(module).__name__} cannot resample its positions to img_size={size}"
-                )
-        elif not self.resizes:
-            size = native
+            with quiet(transformers):
+                module, saved = self._load(transformers, request, row)
+        processor = saved or Processor.from_defaults(
+            self.processor, {} if row is None else row.processor
+        )
+        size = self._size(request, module, self._given(transformers, module, row, saved))
         _ORIGINS[module] = Origin(processor=sized(processor, size), size=size)
         built: nn.Module = module
         return built
+
+    def _given(
+        self, transformers: Any, module: Any, row: Checkpoint | None, saved: Processor | None
+    ) -> Size | None:
+        """Return the size that the preprocessing published with these weights gives."""
+        if saved is not None:
+            return output_size(saved.config)
+        if row is None or (
+            self.native_size(self._config(transformers, row)) != self.native_size(module.config)
+        ):
+            return None
+        return output_size(Processor.from_defaults(self.processor, row.processor).config)
+
+    def _size(self, request: Request, module: Any, given: Size | None) -> Size:
+        """Return the size of inputs: asked for, else that of the preprocessing, else native."""
+        native = self.native_size(module.config)
+        if request.img_size is None:
+            return (given or native) if self.resizes else native
+        size = _pair(request.img_size)
+        if not self.resizes and size != native:
+            raise ValueError(
+                f"hf/{request.name} takes inputs of {native[0]} x {native[1]} only: "
+                f"{type(module).__name__} cannot resample its positions to "
+                f"img_size={request.img_size}"
+            )
+        return size
 
     def native_size(self, config: Any) -> Size:
         """Return (height, width) that the configuration names."""
@@ -164,20 +182,18 @@ class HFFamily(Family):
             found = _ORIGINS[module] = Origin(processor=sized(default, size), size=size)
         return found
 
-    def _random(self, transformers: Any, row: Checkpoint) -> Any:
-        cls = getattr(transformers, row.cls)
-        return cls(cls.config_class(**row.config), **row.options)
+    def _config(self, transformers: Any, row: Checkpoint) -> Any:
+        return getattr(transformers, row.cls).config_class(**row.config)
 
     def _load(
         self, transformers: Any, request: Request, row: Checkpoint | None
-    ) -> tuple[Any, Processor]:
-        """Load weights with their own configuration and preprocessing."""
+    ) -> tuple[Any, Processor | None]:
+        """Load weights with their own configuration and, if there is one, preprocessing."""
         repo, _, subfolder = request.name.partition(":")
         where = {"subfolder": subfolder} if subfolder and request.weights is None else {}
         place: str | Path = repo if request.weights is None else request.weights
-        default = Processor.from_defaults(self.processor, {} if row is None else row.processor)
         if request.weights is not None and not request.weights.is_dir():
-            return self._load_file(transformers, request, row), default
+            return self._load_file(transformers, request, row), None
         if request.weights is not None and not (request.weights / "config.json").is_file():
             raise FileNotFoundError(
                 f"{request.weights} holds no config.json: weights= wants a folder as "
@@ -187,14 +203,14 @@ class HFFamily(Family):
             config = transformers.AutoConfig.from_pretrained(place, **where)
         except OSError as error:
             raise FileNotFoundError(unreachable(request.name, error)) from error
-        name = self._class_of(config, row)
+        name = self._class_of(transformers, config, row, request)
         cls = getattr(transformers, name)
         try:
             module, report = _from_pretrained(cls, place, **where)
         except OSError as error:
             raise FileNotFoundError(unreachable(request.name, error)) from error
         _check(report, place, name)
-        return module, Processor.from_place(place, where, default)
+        return module, Processor.from_place(place, where, self.processor)
 
     def _load_file(self, transformers: Any, request: Request, row: Checkpoint | None) -> Any:
         """Load one file of weights into the configuration of a row."""
@@ -207,17 +223,25 @@ class HFFamily(Family):
             )
         state = read_weights(request.weights)  # type: ignore[arg-type]
         cls = getattr(transformers, row.cls)
-        config = cls.config_class(**row.config)
+        config = self._config(transformers, row)
         module, report = _from_pretrained(cls, None, config=config, state_dict=state)
         _check(report, request.weights, row.cls)
         return module
 
-    def _class_of(self, config: Any, row: Checkpoint | None) -> str:
+    def _class_of(
+        self, transformers: Any, config: Any, row: Checkpoint | None, request: Request
+    ) -> str:
         """Return the class for a configuration: the one it was saved from if we know it."""
+        fitting = [c for c in self.classes if config.model_type in model_types(transformers, c)]
+        if not fitting:
+            raise ValueError(
+                f"{request.weights or request.name} holds a model of kind {config.model_type!r}, "
+                f"which family {self.name} does not describe: it has {', '.join(self.classes)}"
+            )
         for name in getattr(config, "architectures", None) or ():
-            if name in self.classes:
+            if name in fitting:
                 return str(name)
-        return self.classes[0] if row is None else row.cls
+        return row.cls if row is not None and row.cls in fitting else fitting[0]
 
     @abstractmethod
     def anatomy(self, module: Any) -> Any:
@@ -234,6 +258,13 @@ def _from_pretrained(cls: Any, place: Any, **options: Any) -> tuple[Any, Mapping
     return module, report
 
 
+def model_types(transformers: Any, cls: str) -> set[str]:
+    """Return the kinds of configurations that a class loads: its own, and of a whole model."""
+    own = getattr(transformers, cls).config_class
+    whole = getattr(transformers, own.__name__.replace("VisionConfig", "Config"))
+    return {own.model_type, whole.model_type}
+
+
 def unreachable(name: str, error: Exception) -> str:
     """Say that published weights could not be fetched, why, and what else there is."""
     cause: BaseException = error
@@ -248,7 +279,8 @@ def unreachable(name: str, error: Exception) -> str:
     )
 
 
-def _no_row(name: str, rows: Mapping[str, Checkpoint]) -> str:
+def unverified(name: str, rows: Iterable[str]) -> str:
+    """Say that the configuration of an id is not known here, and what else there is."""
     near = nearest(name, rows)
     hint = f"; nearest verified ids: {', '.join(near)}" if near else ""
     return (
@@ -274,7 +306,7 @@ def _check(report: Mapping[str, Any], place: Any, cls: str) -> None:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Keep transformers from drawing progress bars and tables: a library does not."""
     control = transformers.utils.logging
     level, bars = control.get_verbosity(), control.is_progress_bar_enabled()

@@ -39,20 +39,23 @@ class Processor:
         return cls(cls=type(processor).__name__, config=json.loads(json.dumps(config)))
 
     @classmethod
-    def from_place(cls, place: str | Path, where: Mapping[str, Any], default: "Processor") -> Any:
-        """Return the processor saved beside weights; `default` where there is none."""
+    def from_place(cls, place: str | Path, where: Mapping[str, Any], usual: str) -> Self | None:
+        """Return the processor saved beside weights, None where there is none.
+
+        `usual` is the class of the family: it says whether images or clips are processed.
+        """
         import transformers
 
         if isinstance(place, Path) and not any((place / name).is_file() for name in _FILES):
-            return default
-        if default.cls.endswith("VideoProcessor"):
-            kind = getattr(transformers, default.cls)
+            return None
+        if usual.endswith("VideoProcessor"):
+            kind = getattr(transformers, usual)
         else:
             kind = transformers.AutoImageProcessor
         try:
             return cls.of(kind.from_pretrained(place, **where))
         except OSError:  # published without one
-            return default
+            return None
 
     def make(self) -> Any:
         """Build the processor."""
