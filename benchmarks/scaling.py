@@ -1,0 +1,149 @@
+"""Time and memory of plan, open, first batch and resume, up to a thousand million items.
+
+    python -m benchmarks.scaling [--items 100000 10000000 1000000000] [--json result.json]
+
+The stores hold no data: commit records are made up when they are asked for, and every shard is
+one sparse file of the right size. Each size runs in a process of its own, whose peak memory is
+taken. Times of the medium itself are therefore absent: opening a real store adds one small read
+a part. Above `RECORDS` parts the records are not parsed, and "open" stays empty.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from actstore import layout
+from actstore.commit import Commit, record_path
+from actstore.manifest import ArraySpec, Manifest
+from actstore.plan import choose_layout, disk_bytes
+from actstore.reader import batches
+from actstore.storage import LocalStorage
+from actstore.store import Store
+from benchmarks import measure
+
+SITE = "blocks.7.resid_post"
+
+RECORDS = 100_000
+"""Parts up to which commit records are read."""
+
+
+class Phantom(LocalStorage):
+    """A complete store whose records are made up and whose shards are sparse files."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        super().__init__(root)
+        self._manifest = manifest
+        self._fingerprint = manifest.fingerprint
+        self._shards: dict[str, str] = {}
+        for array in manifest.arrays:
+            path = root / f"{array.kind}.bin"
+            with open(path, "wb") as file:
+                file.truncate(layout.shard_bytes(manifest, array))
+            self._shards[array.kind] = str(path)
+
+    def list(self, folder: str) -> Iterator[str]:
+        """Yield the names of all commit records."""
+        for part in range(self._manifest.n_parts):
+            yield record_path(part).split("/")[1]
+
+    def read(self, path: str, *, limit: int | None = None) -> bytes:
+        """Return a commit record."""
+        part = int(path.split("/")[1].split(".")[0])
+        objects = {
+            layout.shard_path(a, part): {"bytes": 1 << 20, "crc32c": 1}
+            for a in self._manifest.arrays
+        }
+        items = self._manifest.planned(part)
+        record = Commit(part=part, items=items, fingerprint=self._fingerprint, objects=objects)
+        return record.encode()
+
+    def uri(self, path: str) -> str:
+        """Return the sparse file of a shard's kind."""
+        return self._shards[path.split("/")[2]]
+
+
+class Assumed(Store):
+    """A store that takes its plan for granted."""
+
+    def refresh(self) -> None:
+        """Take every part as committed in full."""
+        n = self.manifest.n_parts
+        self.part_items = np.full(n, self.manifest.items_per_part, dtype=np.int64)
+        self.part_items[-1] = self.manifest.planned(n - 1)
+
+
+def one(items: int, remote: bool) -> dict[str, object]:
+    """Measure one size in this process."""
+    rng = np.random.default_rng(0)
+    before = measure.peak_rss()
+    begin = time.perf_counter()
+    arrays = [
+        ArraySpec(site=SITE, kind="cls", tokens=1, channels=768),
+        ArraySpec(site=SITE, kind="patch", tokens=196, channels=768, first=1),
+    ]
+    size, arrays = choose_layout(
+        arrays, items=items, dtype="float16", budget=1 << 30, remote=remote
+    )
+    manifest = Manifest(items=items, items_per_part=size, arrays=tuple(arrays))
+    disk = disk_bytes(manifest)
+    planned = time.perf_counter() - begin
+    with tempfile.TemporaryDirectory() as folder:
+        storage = Phantom(Path(folder), manifest)
+        begin = time.perf_counter()
+        known = manifest.n_parts <= RECORDS
+        store = Store(storage, manifest) if known else Assumed(storage, manifest)
+        opened = time.perf_counter() - begin
+        opened_rss = measure.peak_rss()
+        begin = time.perf_counter()
+        iterator = batches(store, SITE, 4096, tokens="patch")
+        next(iterator)
+        first = time.perf_counter() - begin
+        iterator.close()  # type: ignore[attr-defined]
+        total = items * 196 // 4096
+        begin = time.perf_counter()
+        iterator = batches(store, SITE, 4096, tokens="patch", start=int(rng.integers(total)))
+        next(iterator)
+        resumed = time.perf_counter() - begin
+        iterator.close()  # type: ignore[attr-defined]
+    return {
+        "items": f"{items:.0e}",
+        "parts": manifest.n_parts,
+        "bytes": f"{disk:.2e}",
+        "plan ms": planned * 1e3,
+        "open s": opened if known else "",
+        "open MB": (opened_rss - before) / 1e6 if known else "",
+        "first batch s": first,
+        "resume s": resumed,
+        "reading MB": (measure.peak_rss() - opened_rss) / 1e6,
+    }
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--items", type=int, nargs="+", default=[10**5, 10**7, 10**9])
+    parser.add_argument("--remote", action="store_true", help="stripes as for an object store")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(options.one, options.remote)))
+        return
+    rows = []
+    for items in options.items:
+        command = [sys.executable, "-m", "benchmarks.scaling", "--one", str(items)]
+        command += ["--remote"] * options.remote
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows.append(json.loads(done.stdout))
+    measure.report({"rows": rows, "machine": measure.machine()}, options.json)
+
+
+if __name__ == "__main__":
+    main()
