@@ -197,6 +197,10 @@ def save(
     try:
         peer.write(dictionary, scratch, about or {})
         folder.mkdir(parents=True, exist_ok=True)
+        (plain := scratch / ".mode").touch()  # safetensors makes files only their owner can read
+        for file in scratch.iterdir():
+            shutil.copymode(plain, file)
+        plain.unlink()
         for file in sorted(scratch.iterdir(), key=lambda f: f.suffix == ".json"):
             os.replace(file, folder / file.name)
     finally:

@@ -29,6 +29,8 @@ def test_an_export_computes_the_same(
         torch.testing.assert_close(again.encode(x), made.encode(x), rtol=0, atol=1e-5)
         torch.testing.assert_close(again(x), made(x), rtol=0, atol=1e-5)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    (plain := tmp_path / "plain").touch()
+    assert {p.stat().st_mode for p in folder.iterdir()} == {plain.stat().st_mode}
 
 
 @pytest.mark.parametrize("format", ["sae_lens", "prisma", "dictionary_learning"])
