@@ -20,6 +20,12 @@ _SMALL_VISION = {"layers": 1, "width": 8, "head_width": 8, "patch_size": 8, "ima
 _SMALL_TEXT = {"context_length": 2, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
 
 
+def is_a(module: Any, name: str) -> bool:
+    """Whether a module is of a class of open_clip, and of no subclass; without importing it."""
+    kind = type(module)
+    return kind.__name__ == name and kind.__module__.partition(".")[0] == "open_clip"
+
+
 def build_visual(request: Request) -> nn.Module:
     """Build the image tower of a name, with its part of the checkpoint.
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -334,6 +335,26 @@ def test_the_right_repository_is_asked_where_open_clips_table_errs(
 def test_names_that_cannot_be_served(id: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         vitmodels.load(id)
+
+
+def test_everything_else_works_where_open_clip_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "open_clip"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert not vitmodels.list_models("open_clip/*")
+    assert vitmodels.list_models("toy/*")
+    for id in (
+        "open_clip/ViT-B-32@openai",
+        "open_clip_text/ViT-B-32",
+        "open-clip:laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+    ):
+        with pytest.raises(
+            ValueError, match=r"not installed; run: pip install 'actstore\[openclip"
+        ):
+            vitmodels.load(id)
+    with pytest.raises(ValueError, match="no family describes"):
+        vitmodels.wrap(nn.Linear(2, 2))
 
 
 def test_open_clips_own_spelling_of_a_tag_is_understood() -> None:

@@ -118,8 +118,10 @@ class JepaVideo(Family):
 
     def anatomy(self, module: Any) -> Anatomy:
         """Describe it as a columnar ViT on clips, without a head."""
+        from vitmodels.hf_backend import backend
         from vitmodels.hf_preprocess import Processor, clip_transform
 
+        backend()  # the preprocessing is transformers' for V-JEPA: say so where it is missing
         found = VIT.anatomy(module)
         channels, height, width = found.input_shape
         frames = module.patch_embed.frames

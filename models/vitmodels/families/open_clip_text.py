@@ -96,11 +96,8 @@ class OpenClipText(Family):
 
     def accepts(self, module: Any) -> bool:
         """Accept the tower, or what :meth:`build` gives."""
-        from open_clip.transformer import TextTransformer
-
-        return type(getattr(module, "text", module)) is TextTransformer and not hasattr(
-            getattr(module, "visual", None), "image_size"
-        )
+        text, visual = getattr(module, "text", module), getattr(module, "visual", None)
+        return backend.is_a(text, "TextTransformer") and not hasattr(visual, "image_size")
 
     def anatomy(self, module: Any) -> Anatomy:
         """Describe the tower."""

@@ -87,10 +87,10 @@ class OpenClipTimm(Family):
 
     def accepts(self, module: Any) -> bool:
         """Accept the tower, or a CLIP that has one, if a timm family accepts its trunk."""
-        from open_clip.timm_model import TimmModel
-
         visual = getattr(module, "visual", module)
-        return type(visual) is TimmModel and any(f.accepts(visual.trunk) for f in timm_families())
+        return backend.is_a(visual, "TimmModel") and any(
+            family.accepts(visual.trunk) for family in timm_families()
+        )
 
     def anatomy(self, module: Any) -> Anatomy:
         """Describe the trunk, and the projection after it."""

@@ -157,9 +157,7 @@ class OpenClipViT(Family):
 
     def accepts(self, module: nn.Module) -> bool:
         """Accept the tower, or a CLIP that has one."""
-        from open_clip.transformer import VisionTransformer
-
-        return type(getattr(module, "visual", module)) is VisionTransformer
+        return backend.is_a(getattr(module, "visual", module), "VisionTransformer")
 
     def anatomy(self, module: Any) -> Anatomy:
         """Describe the tower."""
