@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,13 @@ def save(dictionary: Dictionary, path: str | Path, about: dict[str, Any] | None 
         "about": about or {},
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in dictionary.state_dict().items()}
-    temporary = folder / f".{WEIGHTS}.{os.getpid()}"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    _publish(temporary, folder / WEIGHTS)
-    temporary = folder / f".{CONFIG}.{os.getpid()}"
-    temporary.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    _publish(temporary, folder / CONFIG)
+    weights = folder / f".{WEIGHTS}.{os.getpid()}"
+    description = folder / f".{CONFIG}.{os.getpid()}"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    description.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    shutil.copymode(description, weights)  # safetensors makes files only their owner can read
+    _publish(weights, folder / WEIGHTS)
+    _publish(description, folder / CONFIG)
     return folder
 
 

@@ -142,6 +142,7 @@ def test_a_refused_export_leaves_an_older_one_alone(tmp_path: Path) -> None:
 def test_conversion_carries_provenance(tmp_path: Path, sparsify: Sparsify) -> None:
     about = {"model": "toy/digits-4l", "tokens": "patch", "store": "abc"}
     native = save(dictionary(sparsify), tmp_path / "native", about=about)
+    assert len({p.stat().st_mode for p in native.iterdir()}) == 1
     other = convert(native, tmp_path / "other", "sae_lens")
     assert json.loads((other / "cfg.json").read_text())["metadata"]["model_name"] == "toy/digits-4l"
     back = convert(other, tmp_path / "back")
