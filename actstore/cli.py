@@ -118,6 +118,26 @@ class Repair(_Again):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert(_Place):
+    """Copy a store: elsewhere, fewer sites or tokens, another dtype, other parts."""
+
+    url: tyro.conf.Positional[str]
+    """The source."""
+    out: str
+    """Where the copy goes."""
+    sites: str | None = None
+    """Sites or patterns to keep; all by default."""
+    tokens: str | None = None
+    """Token kinds to keep; all by default."""
+    dtype: str | None = None
+    """float16, bfloat16 or float32; that of the source by default."""
+    items_per_part: int | None = None
+    """Items of a part; those of the source by default."""
+    reshard: bool = False
+    """Choose parts and stripes anew for where the copy goes, as on the way to S3."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Gc(_Place):
     """Remove what killed harvests left behind; run it when no harvest runs."""
 
@@ -146,6 +166,7 @@ def _handlers() -> dict[type, Callable[[Any], int]]:
         Info: lambda config: report.print_info(config.url, config.storage_options),
         Verify: report.verify_with_progress,
         Repair: report_upkeep.repair_with_progress,
+        Convert: report_upkeep.convert_with_progress,
         Gc: report_upkeep.collect_garbage,
         Models: lambda config: report.print_models(config.pattern, with_sites=config.sites),
     }
@@ -161,6 +182,7 @@ def commands(arguments: Sequence[str]) -> dict[str, Callable[..., Any]]:
         "info": Info,
         "verify": Verify,
         "repair": Repair,
+        "convert": Convert,
         "gc": Gc,
         "models": Models,
     }

@@ -204,7 +204,7 @@ def prepare(
         manifest=manifest,
         resumed=there is not None,
         disk=disk_bytes(manifest),
-        memory=projected_memory(manifest, forward, buffers),
+        memory=projected_memory(manifest, forward, buffers) + getattr(source, "memory", 0),
         buffers=buffers,
         forward_memory=forward,
     )

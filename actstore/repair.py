@@ -48,6 +48,11 @@ def repair(
     todo = sorted(set(parts))
     if wrong := [part for part in todo if not 0 <= part < manifest.n_parts]:
         raise ValueError(f"{store.url} has parts 0 to {manifest.n_parts - 1}, not {wrong[0]}")
+    if manifest.order.get("kind") == "converted":
+        raise ValueError(
+            f"{store.url} was converted from the store {manifest.order.get('of')}: convert that "
+            "one again, after removing the records of the damaged parts"
+        )
     check_model(store, model)
     check_source(source, manifest.data)
     job = Job(

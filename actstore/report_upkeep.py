@@ -8,7 +8,7 @@ from actstore.report import HarvestView, load_for, progress_bars
 from actstore.store import open_store
 
 if TYPE_CHECKING:
-    from actstore.cli import Gc, Repair
+    from actstore.cli import Convert, Gc, Repair
 
 
 def repair_with_progress(config: "Repair") -> int:
@@ -37,6 +37,31 @@ def repair_with_progress(config: "Repair") -> int:
         view.expect(sum(store.manifest.planned(part) for part in parts), len(parts))
         repair(store, model, source, parts, workers=config.workers, on_event=view)
     console.print(f"harvested {len(parts)} parts again", markup=False)
+    return 0
+
+
+def convert_with_progress(config: "Convert") -> int:
+    """Copy a store and draw it."""
+    from actstore.convert import convert
+
+    console = Console()
+    local = config.storage_options if "://" in config.url else None
+    store = open_store(config.url, local)
+    with progress_bars(console) as progress:
+        task = progress.add_task("parts", total=None)
+        copy = convert(
+            store,
+            config.out,
+            sites=config.sites,
+            tokens=config.tokens,
+            dtype=config.dtype,
+            items_per_part=config.items_per_part,
+            reshard=config.reshard,
+            storage_options=config.storage_options if "://" in config.out else None,
+            on_part=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    counts = f"{copy.n_items:,} items, {len(copy.manifest.arrays)} arrays, {copy.manifest.dtype}"
+    console.print(f"{copy.url}: {counts}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -72,7 +72,7 @@ class PartBuffer:
                     f"{array.path}: expected values [{count}, {array.tokens}, {array.channels}], "
                     f"got {list(v_BTd.shape)}"
                 )
-            stored = self._cast(array, v_BTd)
+            stored = self.cast(array, v_BTd)
             shape = (count, array.n_stripes, array.stripe_tokens, array.channels)
             self.stripes[array][:, rows] = stored.reshape(shape).swapaxes(0, 1)
 
@@ -86,7 +86,8 @@ class PartBuffer:
         self.items += count
         return slice(self.items - count, self.items)
 
-    def _cast(self, array: ArraySpec, values: np.ndarray) -> np.ndarray:
+    def cast(self, array: ArraySpec, values: np.ndarray) -> np.ndarray:
+        """Return values as they are stored; ValueError when they do not fit."""
         dtype = self.manifest.dtype
         target = layout.storage_dtype(dtype)
         if values.dtype == target:

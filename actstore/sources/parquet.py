@@ -69,6 +69,15 @@ class Parquet:
         self._cache_bytes = cache_bytes
         self._lock = threading.Lock()
 
+    @property
+    def memory(self) -> int:
+        """Bytes the decompressed row groups may take: the cache and those being read."""
+        sizes = [
+            self._files[file].metadata.row_group(group).total_byte_size
+            for file, group in self._groups
+        ]
+        return min(sum(sizes), self._cache_bytes + 2 * max(sizes, default=0))
+
     def _expand(self, path: str) -> list[str]:
         if "*" in path or "?" in path:
             found = sorted(self._fs.glob(path))

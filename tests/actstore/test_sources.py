@@ -206,6 +206,7 @@ def test_parquet_reads_a_row_group_once_for_many_threads(tmp_path):
         keys = list(pool.map(lambda i: source.row(i)["key"], range(40)))
     assert keys == [f"{i}.png" for i in range(40)]
     small = Parquet(str(tmp_path / "a.parquet"), cache_bytes=1)
+    assert 1 < small.memory < source.memory
     assert [small.row(i)["key"] for i in (0, 39, 1, 38)] == ["0.png", "39.png", "1.png", "38.png"]
 
 
