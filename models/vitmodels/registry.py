@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import vitmodels.families
+from vitmodels.catalog import catalog
 from vitmodels.family import Family, Request
 from vitmodels.model import VisionModel
 from vitmodels.names import nearest
@@ -39,12 +40,17 @@ def families() -> tuple[Family, ...]:
 def list_models(pattern: str = "*") -> list[str]:
     """Return the ids of all verified models that match a glob, sorted.
 
-    A pattern without a glob character matches any id that holds it.
+    A pattern without a glob character matches any id that holds it. The ids are those of
+    :mod:`vitmodels.catalog`, and those of families that have been added since.
     """
     if not any(c in pattern for c in "*?["):
         pattern = f"*{pattern}*"
-    ids = {f"{family.prefix}/{name}" for family in families() for name in family.names()}
-    return sorted(fnmatch.filter(ids, pattern))
+    listed = {row.family for row in catalog()}
+    ids = {row.id for row in catalog()}
+    for family in families():
+        if family.name not in listed:
+            ids.update(f"{family.prefix}/{name}" for name in family.names())
+    return sorted(id for id in ids if fnmatch.fnmatchcase(id, pattern))
 
 
 def resolve(id: str) -> tuple[Family, str]:
