@@ -249,13 +249,17 @@ def _compare(config: "Verify", store: Store, console: Console) -> bool:
 def print_models(pattern: str, *, with_sites: bool) -> int:
     """List models, and their sites on request."""
     import vitmodels
+    import vitmodels.catalog
 
     console = Console()
     names = vitmodels.list_models(pattern)
     if not names:
         raise ValueError(f"no model matches {pattern!r}; `actstore models` lists all")
+    known = {row.id: row.summary() for row in vitmodels.catalog.rows()}
+    width = max(map(len, names))
     for name in names:
-        console.print(name, markup=False, highlight=False)
+        line = f"{name:{width}}  {known.get(name, '')}".rstrip()
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
         if with_sites:
             for site, info in vitmodels.load(name, device="meta").sites().items():
                 shape = " x ".join(map(str, info.shape))

@@ -52,6 +52,18 @@ class Row:
         """Whether it takes clips."""
         return len(self.input_shape) == 4
 
+    def summary(self) -> str:
+        """Return one line: size, geometry, tokens by kind, input."""
+        tokens = [f"{self.cls} cls"] * bool(self.cls) + [f"{self.register} reg"] * bool(
+            self.register
+        )
+        tokens.append(f"{'x'.join(map(str, self.patch))} patch")
+        return (
+            f"{self.family}  {self.parameters / 1e6:.1f} M  d {self.d_model}  "
+            f"{self.n_layers} layers  {self.n_heads} heads  {' + '.join(tokens)}  "
+            f"{'clip' if self.video else 'image'} {'x'.join(map(str, self.input_shape))}"
+        )
+
     def to_strings(self) -> list[str]:
         """Return one string a field; sizes as 14x14."""
         values = (getattr(self, field.name) for field in fields(self))
