@@ -76,7 +76,8 @@ class Parquet:
             self._files[file].metadata.row_group(group).total_byte_size
             for file, group in self._groups
         ]
-        return min(sum(sizes), self._cache_bytes + 2 * max(sizes, default=0))
+        total: int = min(sum(sizes), self._cache_bytes + 2 * max(sizes, default=0))
+        return total
 
     def _expand(self, path: str) -> list[str]:
         if "*" in path or "?" in path:
