@@ -44,8 +44,11 @@ def _device(name: str) -> str:
 def train_with_progress(config: Train) -> int:
     """Run ``dictlearn train``."""
     import actstore
+    from dictlearn.distributed import Ranks, start_from_environment
 
-    console = Console()
+    device = _device(config.device)
+    start_from_environment(device)
+    console = Console(quiet=bool(Ranks.current().rank))
     store = actstore.open(config.store)
     dictionaries, configs, names = plan(config, store)
     for name, d in zip(names, dictionaries, strict=True):
@@ -74,7 +77,7 @@ def train_with_progress(config: Train) -> int:
             configs,
             out=config.out,
             names=names,
-            device=_device(config.device),
+            device=device,
             on_event=show,
         )
     table = Table("dictionary", "L0", "FVU", "dead", "where")

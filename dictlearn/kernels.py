@@ -24,7 +24,7 @@ from dictlearn.config import Gated, JumpReLU, ReLU, TopK
 from dictlearn.dictionary import Dictionary
 from dictlearn.gemm import Backend
 from dictlearn.losses import AuxK, aux_loss, exponent, plain_losses
-from dictlearn.picks import Picks, pick
+from dictlearn.picks import Gather, Picks, pick
 from dictlearn.segments import ByLatent, bag_sum_and_dot, dot
 from dictlearn.sparsify import BatchTopKSelection, GatedSelection, JumpReLUSelection
 
@@ -57,6 +57,8 @@ class Step:
     """Auxiliary loss of dead latents."""
     backend: Backend = "default"
     """Of the encoder product."""
+    gather: Gather | None = None
+    """Concatenates values over the ranks of a data parallel run (BatchTopK)."""
     max_density: float = 0.02
     """Share of active entries above which the dense step is used."""
 
@@ -130,7 +132,7 @@ def sparse_step(
     """See the module. Returns None when more than `max_density` of the entries are active."""
     center_r = dictionary.center()
     xc_Br = x_Br if center_r is None else x_Br - center_r.detach()
-    picks = pick(dictionary, xc_Br, options.backend, options.max_density)
+    picks = pick(dictionary, xc_Br, options.backend, options.max_density, options.gather)
     if picks is None:
         return None
     for parameter in dictionary.parameters():

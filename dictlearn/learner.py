@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dictlearn.dictionary import Dictionary
+from dictlearn.distributed import Ranks
 from dictlearn.gemm import Backend
 from dictlearn.kernels import Step, StepResult, step
 from dictlearn.losses import AuxK, prefixes_of
@@ -43,6 +44,8 @@ class Learner:
     """Of the encoder product."""
     failed: str = ""
     """Why training stopped early; empty while all is well."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """Processes that share the batch."""
     stopped: str = ""
     """Why the held-out loss ended training early; empty while it improves."""
 
@@ -92,16 +95,19 @@ class Learner:
             penalty_scale=config.penalty_scale(number) * self._controlled(),
             aux=self._aux(),
             backend=self.backend,
+            gather=self.ranks.gather if self.ranks.world > 1 else None,
             max_density=config.max_density,
         )
         result = step(d, x_Br, target_Bw, options)
-        self.since_fired_F += x_Br.shape[0]
+        self.ranks.reduce(result)
+        tokens = x_Br.shape[0] * self.ranks.world
+        self.since_fired_F += tokens
         self.since_fired_F.masked_fill_(result.fired_F > 0, 0)
         self._update(result, number)
         if self.failed:
             return result
         if self.controller is not None:
-            self.controller.update(float(result.fired_F.sum()) / x_Br.shape[0])
+            self.controller.update(float(result.fired_F.sum()) / tokens)
         if self.average is not None:
             self.average.update()
         every, done = config.resample_every, number + 1
@@ -110,6 +116,8 @@ class Learner:
             moments = {n: self.optimizer.state[v] for n, v in self.views.items()}
             resample(d, dead_F, x_Br, target_Bw, moments, self.generator)
             self.since_fired_F.masked_fill_(dead_F, 0)
+            inner = [v for slot in moments.values() for v in slot.values()]
+            self.ranks.spread([v.data for v in self.views.values()] + inner)
         return result
 
     def _controlled(self) -> float:
@@ -146,6 +154,7 @@ class Learner:
         for name, view in self.views.items():
             grad = self.trained[name].grad
             view.grad = grad.T if name == "W_enc" and grad is not None else grad
+        self.ranks.average([v.grad for v in self.views.values() if v.grad is not None])
         config = self.config
         if config.unit_decoder:
             row_grad, row = self.views["W_dec"].grad, self.views["W_dec"]

@@ -8,7 +8,7 @@ Shapes: B tokens, F latents, C rows of a chunk, N entries, r = width read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -40,6 +40,7 @@ class Picks:
 
 
 Chunk = tuple[int, Tensor]
+Gather = Callable[[Tensor], Tensor]
 
 
 def pre_chunks(
@@ -60,18 +61,20 @@ def pick(
     x_Br: Float[Tensor, "b r"],
     backend: Backend = "default",
     max_density: float = 1.0,
+    gather: Gather | None = None,
 ) -> Picks | None:
     """Select the entries of a training step.
 
     Returns None when the first chunk has more than ``max_density * C * F`` entries: the dense step
-    is then cheaper.
+    is then cheaper. `gather` concatenates values over the ranks of a data parallel run, where the
+    batch of BatchTopK is the global one.
     """
     config = dictionary.config.sparsify
     chunks = pre_chunks(dictionary, x_Br, backend)
     if isinstance(config, TopK):
         return _pick_top(dictionary, chunks, x_Br.shape[0])
     if isinstance(config, BatchTopK):
-        return _pick_batch_top(dictionary, chunks, x_Br)
+        return _pick_batch_top(dictionary, chunks, x_Br, gather)
     lower_F = _lower_bound(dictionary)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for start, pre_CF in chunks:
@@ -115,7 +118,10 @@ def _pick_top(dictionary: Dictionary, chunks: Iterator[Chunk], rows: int) -> Pic
 
 
 def _pick_batch_top(
-    dictionary: Dictionary, chunks: Iterator[Chunk], x_Br: Float[Tensor, "b r"]
+    dictionary: Dictionary,
+    chunks: Iterator[Chunk],
+    x_Br: Float[Tensor, "b r"],
+    gather: Gather | None,
 ) -> Picks:
     """Keep the k * B largest of ``relu(pre)`` by a bound that only entries in question pass.
 
@@ -133,13 +139,16 @@ def _pick_batch_top(
         row, latent = (pre_CF > bound).nonzero(as_tuple=True)
         found.append((row + start, latent, pre_CF[row, latent]))
     all_picks = _join(found, rows)
-    if all_picks.pre.numel() < n_keep and bound is not None and bool(bound > 0):
+    enough = 1.2 * n_keep if gather is not None else n_keep
+    if all_picks.pre.numel() < enough and bound is not None and bool(bound > 0):
         zero = bound.new_zeros(())
         found = []
         for start, pre_CF in pre_chunks(dictionary, x_Br, "default"):
             row, latent = (pre_CF > zero).nonzero(as_tuple=True)
             found.append((row + start, latent, pre_CF[row, latent]))
         all_picks = _join(found, rows)
+    if gather is not None:
+        return _keep_global(all_picks, n_keep, gather)
     if all_picks.pre.numel() > n_keep:
         kept_N = all_picks.pre.topk(n_keep, sorted=False).indices.sort().values
         all_picks = _join(
@@ -152,6 +161,21 @@ def _pick_batch_top(
         pre=all_picks.pre,
         offset=all_picks.offset,
         smallest_kept=smallest,
+    )
+
+
+def _keep_global(picks: Picks, n_keep: int, gather: Gather) -> Picks:
+    """Keep what is among the largest of the candidates of all ranks."""
+    rows = picks.offset.numel() - 1
+    world_values = gather(picks.pre)
+    total = n_keep * (int(gather(picks.pre.new_ones(1)).numel()))
+    least = picks.pre.new_zeros(())
+    if world_values.numel() > total:
+        least = world_values.topk(total, sorted=False).values.min()
+    keep_N = picks.pre >= least
+    kept = _join([(picks.row[keep_N], picks.latent[keep_N], picks.pre[keep_N])], rows)
+    return Picks(
+        row=kept.row, latent=kept.latent, pre=kept.pre, offset=kept.offset, smallest_kept=least
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,6 +75,9 @@ class TrainConfig:
     """Key of the held-out split."""
     seed: int = 0
     """Key of the order of the batches and of every random choice of the run."""
+    streams: int = 1
+    """Canonical streams of the reader: data parallel runs need a multiple of their ranks, and the
+    same number gives the same batches whatever the ranks."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the encoder product; everything else is float32."""
     gemm: Literal["auto", "default", "onednn"] = "auto"
@@ -94,6 +97,7 @@ class TrainConfig:
             ("batch_size", 1, math.inf),
             ("log_every", 1, math.inf),
             ("keep", 1, math.inf),
+            ("streams", 1, math.inf),
             ("checkpoint_every", 0, math.inf),
             ("warmup", 0, 1),
             ("decay", 0, 1),
@@ -167,3 +171,35 @@ class TrainConfig:
                 near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
                 raise ValueError(f"TrainConfig has no field {key!r}; nearest: {near[0]}")
         return cls(**data)
+
+
+_OF_THE_DATA = (
+    "steps",
+    "batch_size",
+    "tokens",
+    "seed",
+    "holdout",
+    "split_seed",
+    "normalize",
+    "validate_every",
+    "streams",
+)
+
+
+def check_agree(configs: Sequence[TrainConfig], count: int) -> None:
+    """Refuse configurations of one run that would read different batches.
+
+    Raises
+    ------
+    ValueError
+        The message names the field that differs.
+    """
+    if len(configs) != count:
+        raise ValueError(f"{count} dictionaries but {len(configs)} configurations; give one each")
+    for name in _OF_THE_DATA:
+        values = {getattr(c, name) for c in configs}
+        if len(values) > 1:
+            raise ValueError(
+                f"dictionaries of one run are trained on the same batches, so {name} must agree; "
+                f"got {sorted(map(str, values))}"
+            )

@@ -24,6 +24,7 @@ from actstore.loader import TokenLoader
 from actstore.selection import Split
 from dictlearn import checkpoint, runfile
 from dictlearn.dictionary import Dictionary
+from dictlearn.distributed import Ranks
 from dictlearn.formats.native import save
 from dictlearn.gemm import Backend, choose_backend
 from dictlearn.kernels import StepResult
@@ -33,7 +34,7 @@ from dictlearn.progress import TrainEvent as TrainEvent
 from dictlearn.runlog import RunLog
 from dictlearn.scaling import check_sites, describe, factor_row, init_from, site_scales
 from dictlearn.scaling import factors as factors_of
-from dictlearn.schedule import TrainConfig
+from dictlearn.schedule import TrainConfig, check_agree
 
 if TYPE_CHECKING:
     from actstore.batching import Batch
@@ -91,7 +92,7 @@ def train(
         configs = [config or TrainConfig()] * len(several)
     else:
         configs = list(config)
-    _check_configs(configs, len(several))
+    check_agree(configs, len(several))
     for dictionary in several:
         check_sites(dictionary, store)
     run = _Run(
@@ -104,30 +105,6 @@ def train(
         on_event or (lambda event: None),
     )
     return run()
-
-
-_DATA_FIELDS = (
-    "steps",
-    "batch_size",
-    "tokens",
-    "seed",
-    "holdout",
-    "split_seed",
-    "normalize",
-    "validate_every",
-)
-
-
-def _check_configs(configs: Sequence[TrainConfig], count: int) -> None:
-    if len(configs) != count:
-        raise ValueError(f"{count} dictionaries but {len(configs)} configurations; give one each")
-    for name in _DATA_FIELDS:
-        values = {getattr(c, name) for c in configs}
-        if len(values) > 1:
-            raise ValueError(
-                f"dictionaries of one run are trained on the same batches, so {name} must agree; "
-                f"got {sorted(map(str, values))}"
-            )
 
 
 class _Run:
@@ -147,6 +124,7 @@ class _Run:
             raise ValueError(f"expected {len(dictionaries)} different folder names, got {names}")
         self.store, self.out, self.on_event, self.device = store, out, on_event, device
         self.config, self.configs, self.names = configs[0], configs, names
+        self.ranks = Ranks.current()
         self.dictionaries = dictionaries
         sites = [s for s in store.sites if any(s in d.config.sites for d in dictionaries)]
         c = self.config
@@ -168,6 +146,9 @@ class _Run:
             "seed": c.seed,
             "device": self.device,
             "drop_last": True,
+            "streams": c.streams,
+            "rank": self.ranks.rank,
+            "world": self.ranks.world,
         }
         slices = TokenLoader(self.store, sites, c.batch_size, **options).slices
         row = factor_row(self.scales, slices)
@@ -187,10 +168,11 @@ class _Run:
                     dictionary=d,
                     config=self.configs[i],
                     backend=decided["backends"][i],
+                    ranks=self.ranks,
                 )
             )
         start = self._resume()
-        if self.out is None:
+        if self.out is None or self.ranks.rank:
             self._loop(start, None)
         else:
             with RunLog(self.out, start) as runlog:
@@ -208,18 +190,20 @@ class _Run:
             "train": [c.to_json() for c in self.configs],
             "initial": [runfile.digest(d) for d in self.dictionaries],
         }
-        there = runfile.read(self.out) if self.out else None
+        found = runfile.read(self.out) if self.out else None
+        there: dict[str, Any] | None = self.ranks.same(found)
         if self.out is not None and there is not None:
             runfile.check_same(there, asked, self.out)
             return there
         pairs = zip(self.dictionaries, self.configs, strict=True)
-        decided = {
+        decided: dict[str, Any] = {
             **asked,
             "sites": describe(self.scales),
             "backends": [self._backend(d, c) for d, c in pairs],
             "threads": torch.get_num_threads(),
         }
-        if self.out is not None:
+        decided = self.ranks.same(decided)
+        if self.out is not None and not self.ranks.rank:
             runfile.write(self.out, decided)
         return decided
 
@@ -255,7 +239,7 @@ class _Run:
             before = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - before
-            tokens += len(batch)
+            tokens += len(batch) * self.ranks.world
             results = self._step(batch.acts, batch.slices, number)
             done = number + 1
             last = done == self.config.steps
@@ -308,7 +292,7 @@ class _Run:
                 continue
             if self.device.type != "cpu":
                 learner.check(result, self.config.steps)
-            tokens = acts.shape[0]
+            tokens = acts.shape[0] * self.ranks.world
             before = self.metrics.get(learner.name, {})
             self.metrics[learner.name] = {
                 **{k: v for k, v in before.items() if k == "val_fvu"},
@@ -338,16 +322,19 @@ class _Run:
                     sums[learner.name][0] += learner.error(x_Br, target_Bw) * len(batch)
                     sums[learner.name][1] += len(batch)
         for learner in self.learners:
-            total, count = sums[learner.name]
+            both = torch.tensor(sums[learner.name], dtype=torch.float64, device=self.device)
+            total, count = self.ranks.total(both).tolist()
             fvu = total / count / self._variance(learner.dictionary)
             self.metrics.setdefault(learner.name, {})["val_fvu"] = fvu
             if not learner.stopped and learner.note_validation(fvu, done):
                 self._event("stopped", done, message=learner.stopped)
 
     def _checkpoint(self, out: Path, done: int) -> None:
-        state = {"loader": self.loader.state_dict(), "metrics": self.metrics}
-        checkpoint.write(out, done, self.learners, state)
-        checkpoint.prune(out, self.config.keep)
+        if not self.ranks.rank:
+            state = {"loader": self.loader.state_dict(), "metrics": self.metrics}
+            checkpoint.write(out, done, self.learners, state)
+            checkpoint.prune(out, self.config.keep)
+        self.ranks.barrier()
         self._event("checkpoint", done)
 
     def _finish(self) -> list[Trained]:
@@ -368,7 +355,9 @@ class _Run:
                     "metrics": metrics,
                     "failed": learner.failed,
                 }
-                path = save(d, self.out / learner.name, about)
+                path = self.out / learner.name
+                if not self.ranks.rank:
+                    save(d, path, about)
             trained.append(
                 Trained(
                     name=learner.name,
@@ -382,6 +371,8 @@ class _Run:
         return trained
 
     def _event(self, kind: str, step: int, **more: Any) -> None:
+        if self.ranks.rank:
+            return
         self.on_event(
             TrainEvent(
                 kind=kind, step=step, steps=self.config.steps, metrics=dict(self.metrics), **more
