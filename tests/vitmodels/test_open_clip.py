@@ -361,3 +361,25 @@ def test_open_clips_own_spelling_of_a_tag_is_understood() -> None:
     assert resolve("open_clip/ViT-B-32:laion2b_s34b_b79k")[0].name == "open_clip_vit"
     model = vitmodels.load("open_clip/ViT-B-32:laion2b-s34b-b79k", device="meta")
     assert model.spec.d_model == 768
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "length", "kinds"),
+    [
+        ("ViT-B-32@openai", 512, 77, ("patch",)),
+        ("coca_ViT-B-32@laion2b_s13b_b90k", 512, 77, ("patch", "cls")),
+        ("EVA02-B-16@merged2b_s8b_b131k", 512, 77, ("patch",)),
+        ("ViT-B-16-SigLIP@webli", 768, 64, ("patch",)),
+        ("TinyCLIP-ViT-61M-32@laion400m", 512, 77, ("patch",)),
+    ],
+)
+def test_text_towers_build_without_memory(
+    name: str, width: int, length: int, kinds: tuple[str, ...]
+) -> None:
+    text = vitmodels.load(f"open_clip_text/{name}", device="meta")
+    assert (text.spec.d_model, text.spec.grid.n_tokens) == (width, length)
+    assert text.spec.grid.kinds == kinds
+    sites = text.sites()
+    assert sites["text.blocks.0.resid_post"].shape == (length, width)
+    image = vitmodels.load(f"open_clip/{name}", device="meta")
+    assert image.sites()["projection"].shape == sites["text.projection"].shape
