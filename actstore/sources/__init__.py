@@ -16,9 +16,10 @@ def open_source(data: Any, storage_options: Mapping[str, Any] | None = None) -> 
     Parameters
     ----------
     data
-        ``"digits"``, a folder of images or of videos, a parquet file, folder or glob, an fsspec
-        URL of one, a `Source`, or any map-style data set object. ``"video:folder?stride=4"``
-        says how clips are taken from videos.
+        ``"digits"``, a folder of images or of videos, a parquet file, folder or glob, WebDataset
+        tars (``train-{000..012}.tar``), a CSV or parquet table with a column `path` or `url`,
+        an fsspec URL of any of these, a `Source`, or any map-style data set object.
+        ``"video:folder?stride=4"`` says how clips are taken from videos.
     storage_options
         Options of fsspec for URLs.
 
@@ -44,8 +45,17 @@ def open_source(data: Any, storage_options: Mapping[str, Any] | None = None) -> 
     options = dict(storage_options or {})
     if _is_parquet(name):
         from actstore.sources.parquet import Parquet
+        from actstore.sources.table import Table, names_files
 
-        return Parquet(name, options)
+        return Table(name, options) if names_files(name, options) else Parquet(name, options)
+    if name.lower().endswith((".csv", ".tsv")):
+        from actstore.sources.table import Table
+
+        return Table(name, options)
+    if _is_tar(name):
+        from actstore.sources.webdataset import WebDataset
+
+        return WebDataset(name, options)
     from actstore.sources.video import PREFIX, VideoFolder, holds_videos
 
     if name.startswith(PREFIX):
@@ -57,7 +67,8 @@ def open_source(data: Any, storage_options: Mapping[str, Any] | None = None) -> 
         kind = "is a file of a kind no source reads" if os.path.exists(name) else "does not exist"
         raise FileNotFoundError(
             f"data {name!r} {kind}{hint}; allowed: digits, a folder of images or videos, a "
-            ".parquet file, folder or glob of them, or an fsspec URL of one"
+            ".parquet file, folder or glob of them, WebDataset .tar files, a .csv or .parquet "
+            "table of paths or URLs, or an fsspec URL of one"
         )
     from actstore.sources.folder import Folder
 
@@ -65,12 +76,20 @@ def open_source(data: Any, storage_options: Mapping[str, Any] | None = None) -> 
 
 
 def _is_parquet(name: str) -> bool:
-    if name.endswith(".parquet"):
-        return True
+    return name.endswith(".parquet") or _holds(name, ".parquet")
+
+
+def _is_tar(name: str) -> bool:
+    endings = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+    return name.lower().endswith(endings) or _holds(name, ".tar")
+
+
+def _holds(name: str, ending: str) -> bool:
+    """Whether a local folder has a file of an ending directly in it."""
     if "://" in name or not os.path.isdir(name):
         return False
     with os.scandir(name) as entries:
-        return any(entry.name.endswith(".parquet") for entry in entries)
+        return any(entry.name.endswith(ending) for entry in entries)
 
 
 def reopen_source(
@@ -90,7 +109,7 @@ def reopen_source(
         from actstore.sources.video import VideoFolder
 
         source = VideoFolder.reopen(description, storage_options)
-    elif kind in ("folder", "parquet"):
+    elif kind in ("folder", "parquet", "table", "webdataset"):
         source = open_source(str(description["url"]), storage_options)
     else:
         raise ValueError(

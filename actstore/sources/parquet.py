@@ -106,8 +106,9 @@ class Parquet:
         columns.sort(key=lambda name: name not in ("image", "img"))
         if not columns:
             raise ValueError(
-                f"{self._url} has no image column (a struct with `bytes`, or binary); its columns "
-                f"are {', '.join(f'{f.name}: {f.type}' for f in schema)}"
+                f"{self._url} has no image column (a struct with `bytes`, or binary) and none of "
+                "strings called path, url or file_name; its columns are "
+                f"{', '.join(f'{f.name}: {f.type}' for f in schema)}"
             )
         return str(columns[0])
 

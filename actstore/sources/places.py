@@ -1,0 +1,123 @@
+"""Lists of files by path, brace pattern, glob or folder, local or by fsspec URL."""
+
+import itertools
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+
+MAX_FILES = 1_000_000
+"""A brace pattern that stands for more files is refused."""
+
+_SECRET = re.compile(r"(?i)(?:^|[&_-])(?:signature|sig|token|secret|credential|password|key)=")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+def absolute(url: str) -> str:
+    """Return a URL as it is and a local path as an absolute one, fit for a manifest.
+
+    Raises
+    ------
+    ValueError
+        When the URL holds a password or the key of a signed request: it would be written down.
+    """
+    if "://" not in url:
+        return os.path.abspath(url)
+    if public(url) != url:
+        raise ValueError(
+            f"the URL {public(url)} holds credentials, which would get into the store: give them "
+            "as storage options or in the environment"
+        )
+    return url
+
+
+def public(url: str) -> str:
+    """Return a URL without its password or the query of a signed request, if it has one."""
+    if "://" not in url:
+        return url
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url.partition("?")[0]
+    signed = _SECRET.search(parts.query)
+    host = parts.netloc.rpartition("@")[2] if parts.password else parts.netloc
+    if not signed and host == parts.netloc:
+        return url
+    return f"{parts.scheme}://{host}{parts.path}"
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Return the names that ``a-{000..012}.tar`` or ``{train,val}.tar`` stands for, in order.
+
+    Numbers keep the width of the first one; both ends are included.
+
+    Raises
+    ------
+    ValueError
+        For unbalanced braces, a range that runs backwards, or more than `MAX_FILES` names.
+    """
+    pieces = _BRACES.split(pattern)
+    if any("{" in text or "}" in text for text in pieces):
+        raise ValueError(f"unbalanced or nested braces in {pattern!r}; write x-{{000..012}}.tar")
+    choices: list[list[str]] = []
+    total = 1
+    for number, text in enumerate(pieces):
+        span = re.fullmatch(r"(\d+)\.\.(\d+)", text) if number % 2 else None
+        if span:
+            first, last = int(span[1]), int(span[2])
+            if last < first:
+                raise ValueError(f"{pattern!r}: the range {text} runs backwards")
+            total *= last - first + 1
+            _check(total, pattern)
+            choices.append([str(i).zfill(len(span[1])) for i in range(first, last + 1)])
+        else:
+            choices.append(text.split(",") if number % 2 else [text])
+            total *= len(choices[-1])
+            _check(total, pattern)
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def _check(total: int, pattern: str) -> None:
+    if total > MAX_FILES:
+        raise ValueError(f"{pattern!r} stands for more than {MAX_FILES:,} files")
+
+
+def find_files(
+    url: str, storage_options: Mapping[str, Any] | None, extensions: tuple[str, ...]
+) -> tuple[Any, list[str], list[int]]:
+    """Return the file system, the paths on it in order, and their sizes in bytes.
+
+    Parameters
+    ----------
+    url
+        Path or fsspec URL of a file or a folder; may hold braces and the glob signs ``*?[``.
+    storage_options
+        Options of fsspec.
+    extensions
+        Which files of a folder are meant.
+
+    Raises
+    ------
+    FileNotFoundError
+        When a file, or any file of a folder or glob, is not there.
+    """
+    found: dict[str, int] = {}
+    fs = None
+    for name in expand_braces(absolute(url)):
+        fs, path = fsspec.core.url_to_fs(name, **dict(storage_options or {}))
+        if any(sign in path for sign in "*?["):
+            infos = fs.glob(path, detail=True)
+        elif fs.isdir(path):
+            infos = fs.find(path, detail=True)
+            infos = {p: info for p, info in infos.items() if p.lower().endswith(extensions)}
+        else:
+            infos = {path: fs.info(path)} if fs.exists(path) else {}
+        if not infos:
+            raise FileNotFoundError(
+                f"{name}: no {' or '.join(e.lstrip('.') for e in extensions)} file there"
+            )
+        found.update((p, int(infos[p]["size"])) for p in sorted(infos))
+    return fs, list(found), list(found.values())

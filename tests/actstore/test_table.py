@@ -1,0 +1,177 @@
+"""Tables of paths and URLs: rows, labels, columns, relative and foreign places, skipped rows."""
+
+import functools
+import http.server
+import json
+import pickle
+import threading
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from test_sources import picture
+
+from actstore.sources import Undecodable, open_source, reopen_source, table
+
+
+@pytest.fixture
+def images(tmp_path):
+    for i in range(4):
+        (tmp_path / "img").mkdir(exist_ok=True)
+        (tmp_path / f"img/{i}.png").write_bytes(picture(i))
+    return tmp_path
+
+
+CSV = """path,label,author,score,status
+img/0.png,dog,"Ann, the
+first",0.5,new
+img/1.png,cat,Bob,1,old
+img/gone.png,dog,Cid,,new
+,cat,Dan,2,new
+"""
+
+
+def test_csv(images):
+    (images / "list.csv").write_text(CSV)
+    source = open_source(images / "list.csv")
+    assert len(source) == 4
+    assert source.row(0) == {
+        "key": "img/0.png",
+        "label": 1,
+        "label_name": "dog",
+        "author": "Ann, the\nfirst",
+        "score": 0.5,
+        "column_status": "new",
+    }
+    assert [source.row(i)["label"] for i in range(4)] == [1, 0, 1, 0]
+    assert source.row(3)["key"] == "row-3"
+    truth = Image.open(images / "img/1.png")
+    assert (np.asarray(source.image(1)) == np.asarray(truth)).all()
+    with pytest.raises(Undecodable, match=r"file is missing"):
+        source.image(2)
+    with pytest.raises(Undecodable, match=r"names no image"):
+        source.image(3)
+    described = json.loads(json.dumps(source.describe()))
+    assert reopen_source(described).describe() == described
+    assert pickle.loads(pickle.dumps(source)).row(1) == source.row(1)
+
+
+def test_a_changed_table_is_noticed(images):
+    (images / "list.csv").write_text(CSV)
+    before = open_source(images / "list.csv").describe()
+    (images / "list.csv").write_text(CSV.replace("img/1", "img/2"))
+    with pytest.raises(ValueError, match=r"data set changed since the harvest: fingerprint"):
+        reopen_source(before)
+
+
+def test_parquet_with_numbers_and_names(images):
+    columns = {
+        "url": [f"file://{images}/img/{i}.png" for i in range(3)],
+        "key": [7, 8, 9],
+        "label": pa.array([2, None, 0], pa.int32()),
+        "label_name": ["two", None, "zero"],
+        "when": pa.array([0, 1, 2], pa.timestamp("ms")),
+        "box": [[0, 1], [2, 3], None],
+    }
+    pq.write_table(pa.table(columns), images / "list.parquet")
+    source = open_source(f"file://{images}/list.parquet")
+    assert source.describe()["kind"] == "table"
+    row = {"key": "7", "label": 2, "label_name": "two", "when": "1970-01-01 00:00:00.000"}
+    assert source.row(0) == row
+    assert source.row(1)["label"] is None
+    assert source.image(2).size == (8, 8)
+
+
+def test_several_tables_and_tsv(images):
+    (images / "a-0.tsv").write_text("file_name\tlabel\nimg/0.png\t5\n")
+    (images / "a-1.tsv").write_text("file_name\tlabel\nimg/3.png\t6\n")
+    source = open_source(images / "a-{0..1}.tsv")
+    assert [source.row(i)["label"] for i in range(2)] == [5, 6]
+    assert source.image(1).size == (8, 8)
+
+
+def test_what_is_no_table_lists_its_columns(images):
+    (images / "a.csv").write_text("x,y\n1,2\n")
+    with pytest.raises(ValueError, match=r"path, url, file_name must.*its columns are x: int64"):
+        open_source(images / "a.csv")
+    pq.write_table(pa.table({"path": [1, 2]}), images / "a.parquet")
+    with pytest.raises(ValueError, match=r"none of strings called path.*columns are path: int64"):
+        open_source(images / "a.parquet")
+    (images / "b.csv").write_text("path,x\na,b,c\n")
+    with pytest.raises(ValueError, match=r"b.csv cannot be read as a table"):
+        open_source(images / "b.csv")
+    with pytest.raises(FileNotFoundError, match=r"c.csv: no csv or tsv or parquet file"):
+        open_source(images / "c.csv")
+
+
+def test_a_table_from_elsewhere_names_no_local_file(images):
+    memory = fsspec.filesystem("memory")
+    rows = ["path", "img/0.png", "../up.png", f"{images}/img/0.png", f"file://{images}/img/0.png"]
+    rows += ["memory://lists/img/0.png", "ssh://host/x.png", "simplecache::memory://x.png"]
+    memory.pipe("/lists/a.csv", "\n".join(rows).encode())
+    memory.pipe("/lists/img/0.png", picture(0))
+    memory.pipe("/up.png", picture(1))
+    source = open_source("memory://lists/a.csv")
+    assert source.image(0).size == (8, 8)
+    assert source.image(4).size == (8, 8)
+    reasons = {1: "leaves the folder", 2: "may not name files", 3: "may not name files"}
+    for index, reason in {**reasons, 5: "ssh:// is none of", 6: "is none of"}.items():
+        with pytest.raises(Undecodable, match=reason):
+            source.image(index)
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    failures = 0
+
+    def do_GET(self):
+        if "flaky" in self.path and type(self).failures < 2:
+            type(self).failures += 1
+            self.send_error(503)
+        elif "broken" in self.path:
+            self.send_error(500)
+        else:
+            super().do_GET()
+
+    def log_message(self, *words):
+        pass
+
+
+def test_urls_are_fetched_again_before_a_row_is_skipped(images, monkeypatch):
+    pytest.importorskip("aiohttp")
+    (images / "img/flaky.png").write_bytes(picture(9))
+    handler = functools.partial(Handler, directory=str(images))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            base = f"http://127.0.0.1:{server.server_port}/img"
+            names = ["1.png", "flaky.png", "broken.png?token=hidden", "none.png"]
+            lines = ["url", *(f"{base}/{name}" for name in names)]
+            (images / "list.csv").write_text("\n".join(lines))
+            source = open_source(images / "list.csv")
+            assert source.image(0).size == (8, 8)
+            assert source.image(1).size == (8, 8)
+            assert Handler.failures == 2
+            with pytest.raises(Undecodable, match=r"cannot be fetched: 500") as caught:
+                source.image(2)
+            assert "hidden" not in str(caught.value)
+            assert source.row(2)["key"] == f"{base}/broken.png"
+            with pytest.raises(Undecodable, match=r"file is missing"):
+                source.image(3)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_large_files_and_tables_are_refused(images, monkeypatch):
+    (images / "list.csv").write_text(CSV)
+    source = open_source(images / "list.csv")
+    monkeypatch.setattr(table, "MAX_IMAGE", 20)
+    with pytest.raises(Undecodable, match=r"more than 20 bytes"):
+        source.image(0)
+    monkeypatch.setattr(table, "MAX_TABLE", 20)
+    with pytest.raises(ValueError, match=r"tables have at most 20"):
+        open_source(images / "list.csv")
