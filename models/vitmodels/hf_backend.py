@@ -103,6 +103,8 @@ class HFFamily(Family):
     """Verified ids of the hub; ``org/name``, or ``org/name:subfolder``."""
     classes: ClassVar[tuple[str, ...]]
     """Classes that the family describes; the first serves checkpoints that name none of them."""
+    wholes: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """Kind -> (class, attribute): checkpoints that only load as a whole that holds the tower."""
     processor: ClassVar[str]
     """Class of the preprocessor of checkpoints that come without one."""
     size_field: ClassVar[str] = "image_size"
@@ -204,12 +206,14 @@ class HFFamily(Family):
         except OSError as error:
             raise FileNotFoundError(unreachable(request.name, error)) from error
         name = self._class_of(transformers, config, row, request)
+        name, part = self.wholes.get(config.model_type, (name, ""))
         cls = getattr(transformers, name)
         try:
             module, report = _from_pretrained(cls, place, **where)
         except OSError as error:
             raise FileNotFoundError(unreachable(request.name, error)) from error
         _check(report, place, name)
+        module = getattr(module, part) if part else module
         return module, Processor.from_place(place, where, self.processor)
 
     def _load_file(self, transformers: Any, request: Request, row: Checkpoint | None) -> Any:

@@ -30,6 +30,7 @@ IDS = {
     "hf_videomae": "MCG-NJU/videomae-small-finetuned-ssv2",
     "hf_vjepa2": "facebook/vjepa2-vitl-fpc16-256-ssv2",
     "hf_timesformer": "facebook/timesformer-base-finetuned-k400",
+    "hf_xclip": "microsoft/xclip-base-patch32",
 }
 SMALL = {"image_size": 32, "patch_size": 8, "intermediate_size": 48}
 VARIANTS = [(name, variant) for name, family in HF.items() for variant in family.conformance()]
@@ -114,6 +115,32 @@ def test_the_tower_is_taken_out_of_a_whole_clip(tmp_path: Path) -> None:
     with torch.no_grad():
         want = whole.visual_projection(whole.vision_model(x).pooler_output)
     assert torch.equal(model.run(x, "projection")["projection"], want)
+
+
+def test_the_tower_is_taken_out_of_a_whole_xclip(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2}
+    sizes |= {"intermediate_size": 48}
+    mit = {"mit_hidden_size": 20, "mit_num_attention_heads": 4, "mit_intermediate_size": 40}
+    video = {**sizes, "num_frames": 3, "image_size": 32, "patch_size": 8}
+    config = transformers.XCLIPConfig(
+        text_config={**sizes, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={**video, **mit},
+        projection_dim=20,
+    )
+    whole = hf_backend.randomised(transformers.XCLIPModel(config)).eval()
+    save(whole, tmp_path)
+    for id in ("hf/microsoft/xclip-base-patch32", "hf/mine/xclip"):
+        model = vitmodels.load(id, weights=tmp_path)
+        x = torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            want = whole.vision_model(x.flatten(0, 1)).pooler_output.reshape(2, 3, 24)
+            acts = model.run(x, "blocks.*.message.*,pooled", stop_early=False)
+        assert torch.equal(model(x), want)
+        assert torch.equal(acts["pooled"], want)
+        first = acts["blocks.0.message.attn_in"]
+        assert torch.equal(first[:, 0], first[:, 2]), "the reason given for blocks.0.message.q"
+        later = acts["blocks.1.message.attn_in"]
+        assert not torch.allclose(later[:, 0], later[:, 2])
 
 
 def test_the_encoder_is_taken_out_of_a_pretraining_model(tmp_path: Path) -> None:
@@ -266,7 +293,9 @@ def test_another_image_size_is_resampled_by_the_library(
         )
 
 
-@pytest.mark.parametrize("name", ["hf_vivit", "hf_videomae", "hf_vjepa2", "hf_timesformer"])
+@pytest.mark.parametrize(
+    "name", ["hf_vivit", "hf_videomae", "hf_vjepa2", "hf_timesformer", "hf_xclip"]
+)
 def test_video_models_refuse_another_size(name: str, tmp_path: Path) -> None:
     save(next(iter(HF[name].conformance().values()))(), tmp_path)
     with pytest.raises(ValueError, match=r"takes inputs of 32 x 32 only.*img_size=64"):
