@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dictlearn.archetypes import Hull
 from dictlearn.dictionary import Dictionary
 from dictlearn.distributed import Ranks
 from dictlearn.gemm import Backend
@@ -63,6 +64,8 @@ class Learner:
         self.trained = {n: p for n, p in d.named_parameters() if p.requires_grad}
         if isinstance(d.sparsify, GatedSelection):
             del self.trained["b_enc"]
+        self.hull = self._hull()
+        self.unit = self.config.unit_decoder and self.hull is None
         self.views = {
             n: nn.Parameter(p.data.T if n == "W_enc" else p.data) for n, p in self.trained.items()
         }
@@ -78,8 +81,17 @@ class Learner:
         c = self.config
         self.controller = L0Controller(c.target_l0, c.l0_gain) if c.target_l0 else None
         self.average = WeightAverage(self.trained, c.ema) if c.ema else None
-        if self.config.unit_decoder:
+        if self.unit:
             self._renormalize()
+
+    def _hull(self) -> Hull | None:
+        """Let the factors of an archetypal decoder be trained in its place."""
+        if not self.config.archetypes:
+            return None
+        hull = Hull(self.dictionary.W_dec, self.config.archetypes, self.config.relax)
+        del self.trained["W_dec"]
+        self.trained |= hull.parameters
+        return hull
 
     def train_step(
         self, x_Br: Float[Tensor, "b r"], target_Bw: Float[Tensor, "b w"], number: int
@@ -146,17 +158,18 @@ class Learner:
         """Put the averaged weights in place, where they were asked for."""
         if self.average is not None:
             self.average.apply()
-            if self.config.unit_decoder:
-                self._renormalize()
+            self._constrain()
 
     @torch.no_grad()
     def _update(self, result: StepResult, number: int) -> None:
+        if self.hull is not None:
+            self.hull.backward()
         for name, view in self.views.items():
             grad = self.trained[name].grad
             view.grad = grad.T if name == "W_enc" and grad is not None else grad
         self.ranks.average([v.grad for v in self.views.values() if v.grad is not None])
         config = self.config
-        if config.unit_decoder:
+        if self.unit:
             row_grad, row = self.views["W_dec"].grad, self.views["W_dec"]
             if row_grad is not None:
                 along_F1 = (row_grad * row).sum(1, keepdim=True)
@@ -174,7 +187,12 @@ class Learner:
                 torch._foreach_mul_(grads, factor)
         self.optimizer.param_groups[0]["lr"] = self.lr
         self.optimizer.step()
-        if config.unit_decoder:
+        self._constrain()
+
+    def _constrain(self) -> None:
+        if self.hull is not None:
+            self.hull.project()
+        elif self.unit:
             self._renormalize()
 
     @torch.no_grad()
@@ -203,6 +221,8 @@ class Learner:
         out["since_fired"] = self.since_fired_F
         out["generator"] = self.generator.get_state()
         out["best"] = self.best
+        if self.hull is not None:
+            out |= self.hull.state()
         if self.controller is not None:
             out["controller"] = self.controller.log_factor
         if self.average is not None:
@@ -226,6 +246,8 @@ class Learner:
         self.since_fired_F.copy_(tensors["since_fired"])
         self.generator.set_state(tensors["generator"])
         self.best.copy_(tensors["best"])
+        if self.hull is not None:
+            self.hull.load_state(tensors)
         if self.controller is not None:
             self.controller.log_factor.copy_(tensors["controller"])
         if self.average is not None:

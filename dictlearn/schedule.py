@@ -41,6 +41,14 @@ class TrainConfig:
     statistics); the factor is folded into the weights at the end."""
     init_bias: Literal["mean", "zero"] = "mean"
     """Initial b_dec (and b_in): the mean of the store's statistics, or zero."""
+    init_decoder: Literal["random", "points", "kmeans"] = "random"
+    """First decoder rows: as the dictionary was made, tokens of the store, or centroids of KMeans
+    (needs scikit-learn); `dictlearn.starts`."""
+    archetypes: int = 0
+    """Keep decoder rows in the convex hull of so many tokens, or centroids with
+    ``init_decoder="kmeans"``, instead of at norm 1 (`dictlearn.archetypes`); 0 does not."""
+    relax: float = 0.0
+    """How far from the hull rows may be, in mean norms of the centred points."""
     aux_k: int | None = None
     """Dead latents used by the auxiliary loss for a token; half the width written by default;
     0 switches it off."""
@@ -99,6 +107,8 @@ class TrainConfig:
             ("keep", 1, math.inf),
             ("streams", 1, math.inf),
             ("checkpoint_every", 0, math.inf),
+            ("archetypes", 0, math.inf),
+            ("relax", 0, math.inf),
             ("warmup", 0, 1),
             ("decay", 0, 1),
             ("penalty_warmup", 0, 1),
@@ -123,6 +133,17 @@ class TrainConfig:
         if (self.validate_every or self.patience) and not self.holdout:
             raise ValueError(
                 "validate_every and patience need held-out items: set holdout, say 0.1"
+            )
+        kinds = ("random", "points", "kmeans")
+        if self.init_decoder not in kinds:
+            raise ValueError(
+                f"TrainConfig.init_decoder={self.init_decoder!r} is not one of {kinds}"
+            )
+        if self.relax and not self.archetypes:
+            raise ValueError("relax is the distance from a hull: set archetypes, say 2000")
+        if self.archetypes and self.resample_every:
+            raise ValueError(
+                "resampled rows would leave the hull: archetypes excludes resample_every"
             )
         if self.patience and not self.validate_every:
             raise ValueError("patience counts measurements: set validate_every")

@@ -35,6 +35,7 @@ from dictlearn.runlog import RunLog
 from dictlearn.scaling import check_sites, describe, factor_row, init_from, site_scales
 from dictlearn.scaling import factors as factors_of
 from dictlearn.schedule import TrainConfig, check_agree
+from dictlearn.starts import start_from_data
 
 if TYPE_CHECKING:
     from actstore.batching import Batch
@@ -138,8 +139,10 @@ class _Run:
         self.validation = bool(c.validate_every and c.holdout)
         self.metrics: dict[str, dict[str, float]] = {}
 
-    def _loader(self, sites: list[str], tokens: str, half: str) -> TokenLoader:
-        c = self.config
+    def _loader(
+        self, sites: list[str], tokens: str, half: str, ranks: Ranks | None = None
+    ) -> TokenLoader:
+        c, ranks = self.config, ranks or self.ranks
         options: dict[str, Any] = {
             "tokens": tokens,
             "items": Split(half=half, holdout=c.holdout, seed=c.split_seed) if c.holdout else None,
@@ -147,8 +150,8 @@ class _Run:
             "device": self.device,
             "drop_last": True,
             "streams": c.streams,
-            "rank": self.ranks.rank,
-            "world": self.ranks.world,
+            "rank": ranks.rank,
+            "world": ranks.world,
         }
         slices = TokenLoader(self.store, sites, c.batch_size, **options).slices
         row = factor_row(self.scales, slices)
@@ -172,6 +175,8 @@ class _Run:
                 )
             )
         start = self._resume()
+        if not start:
+            start_from_data(self.learners, self._loader(self.sites, self.tokens, "train", Ranks()))
         if self.out is None or self.ranks.rank:
             self._loop(start, None)
         else:
