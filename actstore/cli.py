@@ -61,6 +61,8 @@ class Harvest(_Place):
     """Seed of random weights."""
     img_size: int | None = None
     """Side of the input in pixels; that of the checkpoint by default."""
+    scheduler: str | None = None
+    """Address of a dask.distributed scheduler (tcp://host:8786) whose workers compute the parts."""
     dry_run: bool = False
     """Print the plan and stop."""
 
@@ -131,6 +133,8 @@ class Convert(_Place):
     """Token kinds to keep; all by default."""
     dtype: str | None = None
     """float16, bfloat16 or float32; that of the source by default."""
+    codec: str | None = None
+    """raw or archive (smaller, for keeping); that of the source by default."""
     items_per_part: int | None = None
     """Items of a part; those of the source by default."""
     reshard: bool = False

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from actstore import layout
+from actstore.codec import decode
 from actstore.commit import encode_sidecar, index_path, read_sidecar, sidecar_path
 from actstore.crc import crc32c
 from actstore.index import OK
@@ -34,6 +35,7 @@ def convert(
     sites: str | Sequence[str] | None = None,
     tokens: str | Sequence[str] | None = None,
     dtype: str | None = None,
+    codec: str | None = None,
     items_per_part: int | None = None,
     reshard: bool = False,
     memory: int = 4 << 30,
@@ -54,6 +56,8 @@ def convert(
         Token kinds to keep; all by default.
     dtype
         Activation dtype of the copy; that of the source by default.
+    codec
+        Codec profile of the copy, ``raw`` or ``archive``; that of the source by default.
     items_per_part
         Items of a part of the copy; those of the source by default.
     reshard
@@ -92,13 +96,15 @@ def convert(
         raise ValueError(f"nothing is left: {store.url} has tokens of kind {', '.join(present)}")
     storage = open_storage(out, storage_options)
     same_parts = not reshard and items_per_part in (None, store.manifest.items_per_part)
-    if same_parts and dtype in (None, store.manifest.dtype):
+    same_values = dtype in (None, store.manifest.dtype) and codec in (None, store.manifest.codec)
+    if same_parts and same_values:
         manifest = _subset(store.manifest, kept)
         create_store(storage, manifest)
         _copy(store, storage, manifest, on_part)
     else:
         wanted = items_per_part or (None if reshard else store.manifest.items_per_part)
         manifest = _anew(store, kept, dtype or store.manifest.dtype, wanted, memory, storage)
+        manifest = dataclasses.replace(manifest, codec=codec or store.manifest.codec)
         check_same(storage, manifest)
         create_store(storage, manifest)
         _pack(store, storage, manifest, on_part)
@@ -218,11 +224,12 @@ def _stripes(
             shard = store.shard(array.site, array.kind, part)
             sums = read_sidecar(store.storage, store.commit(part)).checksums(shard.array)
             dtype = layout.storage_dtype(store.manifest.dtype)
+            manifest = store.manifest
             for number, (offset, length) in enumerate(shard.spans.tolist()):
                 data = store.storage.read_range(shard.path, offset, length)
                 if crc32c(data) != sums[number]:
                     raise _damaged(store, part, shard.path)
-                values = np.frombuffer(data, dtype).reshape(shard.stripe_shape)
+                values = decode(data, manifest, shard.array, dtype)
                 token = number * shard.stripe_shape[1]
                 yield rows, token, values[rows.start - begin : rows.stop - begin]
         part += 1

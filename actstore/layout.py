@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int32, Int64, Shaped, UInt16
 
+from actstore.codec import zarr_codecs
 from actstore.crc import crc32c
 from actstore.manifest import DTYPES, ITEM_SIZE, ArraySpec, FormatError, Manifest
 
@@ -91,14 +92,13 @@ def group_metadata(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
 def array_metadata(manifest: Manifest, array: ArraySpec) -> dict[str, Any]:
     """Return the `zarr.json` of one array of activations."""
     little = {"name": "bytes", "configuration": {"endian": "little"}}
-    one_byte = {"name": "bytes"}
     shard = [manifest.items_per_part, array.tokens, array.channels]
     stripe = [manifest.items_per_part, array.stripe_tokens, array.channels]
     sharding = {
         "name": "sharding_indexed",
         "configuration": {
             "chunk_shape": stripe,
-            "codecs": [one_byte if ITEM_SIZE[manifest.dtype] == 1 else little],
+            "codecs": zarr_codecs(manifest.codec, ITEM_SIZE[manifest.dtype]),
             "index_codecs": [little, {"name": "crc32c"}],
             "index_location": "end",
         },

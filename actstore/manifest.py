@@ -26,7 +26,7 @@ DTYPES: dict[str, str] = {
 ITEM_SIZE: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
 """Activation dtype -> bytes of one value."""
 
-CODECS = ("raw", "archive", "int8")
+CODECS = ("raw", "archive")
 """Codec profiles a store may be written with."""
 
 MAX_JSON_BYTES = 64 << 20

@@ -55,6 +55,7 @@ def convert_with_progress(config: "Convert") -> int:
             sites=config.sites,
             tokens=config.tokens,
             dtype=config.dtype,
+            codec=config.codec,
             items_per_part=config.items_per_part,
             reshard=config.reshard,
             storage_options=config.storage_options if "://" in config.out else None,

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Shaped
 
-from actstore import layout
+from actstore import codec, layout
 from actstore.commit import (
     Commit,
     encode_sidecar,
@@ -159,21 +159,16 @@ def write_part(
     for stripes in buffer.stripes.values():
         stripes[:, buffer.items :] = 0
     written = [pool.submit(_write_shard, storage, manifest, part, a, buffer) for a in arrays]
-    summed = [pool.submit(_summary, manifest, a, buffer) for a in arrays]
+    summed = [pool.submit(_moments, manifest, a, buffer) for a in arrays]
     busy: list[Future[Any]] = [*written, *summed]
     wait(busy)  # the buffer is reused afterwards, whatever failed
-    summaries = dict(zip(arrays, (future.result() for future in summed), strict=True))
-    for future in written:
-        future.result()
+    stats = dict(zip(arrays, (future.result() for future in summed), strict=True))
+    shards = dict(zip(arrays, (future.result() for future in written), strict=True))
     objects = {
-        layout.shard_path(array, part): {
-            "bytes": layout.shard_bytes(manifest, array),
-            "crc32c": summary.crc,
-        }
-        for array, summary in summaries.items()
+        layout.shard_path(array, part): {"bytes": shard.size, "crc32c": shard.crc}
+        for array, shard in shards.items()
     }
-    stats = {array: summary.stats for array, summary in summaries.items()}
-    sums = {array: summary.sums for array, summary in summaries.items()}
+    sums = {array: shard.sums for array, shard in shards.items()}
     small = {
         sidecar_path(part): encode_sidecar(stats, sums),
         index_path(part): encode_index_rows(rows),
@@ -213,37 +208,42 @@ def commit_part(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _Summary:
+class _Written:
     """What the commit says about one shard."""
 
-    stats: ChannelStats
-    """Moments of the valid values."""
     sums: np.ndarray
     """CRC-32C of every stripe."""
     crc: int
     """CRC-32C of the shard."""
+    size: int
+    """Bytes of the shard."""
 
 
 def _write_shard(
     storage: Storage, manifest: Manifest, part: int, array: ArraySpec, buffer: PartBuffer
-) -> None:
-    index = layout.encode_index(layout.raw_spans(manifest, array))
-    storage.replace(layout.shard_path(array, part), [buffer.stripes[array], index])
+) -> _Written:
+    """Encode and write one shard; raw stripes go out as one buffer, without a copy."""
+    stripes = buffer.stripes[array]
+    pieces = [codec.encode(stripe, manifest.codec) for stripe in stripes]
+    lengths = np.array([memoryview(piece).nbytes for piece in pieces], dtype=np.int64)
+    spans = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
+    index = layout.encode_index(spans)
+    body = [stripes] if manifest.codec == "raw" else pieces
+    storage.replace(layout.shard_path(array, part), [*body, index])
+    sums = [crc32c(piece) for piece in pieces]
+    total = combine([*zip(sums, lengths.tolist(), strict=True), (crc32c(index), len(index))])
+    size = int(lengths.sum()) + len(index)
+    return _Written(sums=np.array(sums, dtype=np.uint32), crc=total, size=size)
 
 
-def _summary(manifest: Manifest, array: ArraySpec, buffer: PartBuffer) -> _Summary:
-    """Sum a shard and take its moments, a stripe at a time while it is in the cache."""
+def _moments(manifest: Manifest, array: ArraySpec, buffer: PartBuffer) -> ChannelStats:
+    """Return the moments of the valid values, a stripe at a time while it is in the cache."""
     rows = buffer.items * array.stripe_tokens
     moments = MomentSum(manifest.dtype, rows, array.channels)
-    sums = []
     for stripe in buffer.stripes[array]:
-        sums.append(crc32c(stripe))
         moments.add(stripe[: buffer.items].reshape(rows, array.channels))
     total = moments.total
     if not np.isfinite(total.absmax).all():
         channel = int(np.isfinite(total.absmax).argmin())
         raise_range(array, channel, float(total.absmax[channel]), manifest.dtype)
-    spans = layout.raw_spans(manifest, array)
-    index = layout.encode_index(spans)
-    pieces = [*zip(sums, spans[:, 1].tolist(), strict=True), (crc32c(index), len(index))]
-    return _Summary(stats=total, sums=np.array(sums, dtype=np.uint32), crc=combine(pieces))
+    return total

@@ -88,10 +88,13 @@ def main(config: Config) -> int:
         sites = list(store.sites)
         early = ["blocks.2.resid_post"]
         for _ in range(config.rounds):
+            used = time.process_time()
             row = {"bare": bare(model, batches, sites)}
-            start = time.perf_counter()
+            row["bare_cpu"] = time.process_time() - used
+            start, used = time.perf_counter(), time.process_time()
             actstore.harvest(out=f"{folder}/out", **options)
             row["harvest"] = time.perf_counter() - start
+            row["harvest_cpu"] = time.process_time() - used
             row["bare_again"] = bare(model, batches, sites)
             row["full"] = bare(model, batches, None)
             row["early"] = bare(model, batches, early)
@@ -104,6 +107,8 @@ def main(config: Config) -> int:
             "harvest_over_bare": median(
                 2 * r["harvest"] / (r["bare"] + r["bare_again"]) for r in rows
             ),
+            # On a shared machine the processor time says more than the clock.
+            "harvest_over_bare_cpu": median(r["harvest_cpu"] / r["bare_cpu"] for r in rows),
             "block_3_over_full": median(r["early"] / r["full"] for r in rows),
             "bare_images_per_second": config.limit / median(r["bare"] for r in rows),
         }

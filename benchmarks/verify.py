@@ -1,0 +1,86 @@
+"""Speed of `actstore verify` over a sequential read of the same files, warm and cold.
+
+python benchmarks/verify.py
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import tyro
+
+import actstore
+from actstore.verify import verify
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of the benchmark."""
+
+    items: int = 4096
+    """Items of the store, of 196 x 768 float16 values."""
+    rounds: int = 3
+    """Rounds; medians are reported."""
+    folder: str | None = None
+    """Where to write; the system's folder for temporary files by default."""
+
+
+def sequential(paths: list[Path]) -> float:
+    """Return the seconds of reading files one after the other into one buffer."""
+    buffer = bytearray(8 << 20)
+    start = time.perf_counter()
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - start
+
+
+def forget(paths: list[Path]) -> None:
+    """Drop files from the page cache."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def main(config: Config) -> int:
+    """Run the benchmark and print JSON."""
+    bits = np.random.default_rng(0).integers(0, 60_000, (config.items, 196, 768), dtype=np.uint16)
+    values = (bits & np.uint16(0xBBFF)).view(np.float16)
+    with tempfile.TemporaryDirectory(dir=config.folder) as name:
+        store = actstore.write_arrays(f"{name}/a", {"blocks.6.resid_post": {"patch": values}})
+        del values, bits
+        paths = sorted(p for p in Path(name).rglob("c.*") if p.is_file())
+        total = sum(p.stat().st_size for p in paths) / 1e9
+        result = {}
+        for how in ("warm", "cold"):
+            ours, limit = [], []
+            for _ in range(config.rounds):
+                sequential(paths)
+                if how == "cold":
+                    forget(paths)
+                limit.append(sequential(paths))
+                if how == "cold":
+                    forget(paths)
+                start = time.perf_counter()
+                if verify(store):
+                    raise RuntimeError("a sound store has problems")
+                ours.append(time.perf_counter() - start)
+            result[how] = {
+                "verify_gb_s": round(total / median(ours), 2),
+                "sequential_gb_s": round(total / median(limit), 2),
+                "ratio": round(median(limit) / median(ours), 2),
+            }
+    print(json.dumps({"gigabytes": round(total, 2), **result}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config)))
