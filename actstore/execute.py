@@ -162,8 +162,17 @@ def _decoded_ahead(
                 future.cancel()
 
 
-def run_parts(job: Job, parts: Iterable[int], *, on_event: Callable[[Event], None]) -> None:
+def run_parts(
+    job: Job,
+    parts: Iterable[int],
+    *,
+    on_event: Callable[[Event], None],
+    refuse_empty: bool = True,
+) -> None:
     """Compute and commit parts in order.
+
+    With `refuse_empty` the first of them must hold an item that can be read: what is wrong with
+    all items is found before hours have gone.
 
     Raises
     ------
@@ -199,7 +208,7 @@ def run_parts(job: Job, parts: Iterable[int], *, on_event: Callable[[Event], Non
             _report(part, decoded, on_event)
             if last:
                 stager.flush()
-                if part == todo[0] and not buffer.items:
+                if refuse_empty and part == todo[0] and not buffer.items:
                     raise ValueError(
                         f"none of the {len(rows)} items of the first part can be read; "
                         f"{rows[0].get('key')}: {rows[0]['status']}"

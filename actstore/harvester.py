@@ -240,13 +240,13 @@ def _with_layout_of(manifest: Manifest, there: Manifest) -> Manifest:
     return dataclasses.replace(manifest, items_per_part=there.items_per_part, arrays=there.arrays)
 
 
-def load_model(model: Any, device: str) -> Any:
-    """Return a loaded model from its name, on the device asked for."""
+def load_model(model: Any, device: str, **options: Any) -> Any:
+    """Return a loaded model from its name, on the device asked for; a loaded one as it is."""
     if not isinstance(model, str):
         return model
     import vitmodels
 
-    return vitmodels.load(model, device=choose_device(device))
+    return vitmodels.load(model, device=choose_device(device), **options)
 
 
 def choose_device(device: str) -> str:

@@ -116,19 +116,21 @@ class HarvestView:
                 self._console.print("further skipped items are in the index only")
 
 
+def load_options(config: Any) -> dict[str, Any]:
+    """Return the options of `vitmodels.load` that a command was given."""
+    return {
+        "weights": config.weights,
+        "pretrained": not config.random_weights,
+        "seed": config.weights_seed,
+        "img_size": config.img_size,
+    }
+
+
 def load_for(config: Any, model_id: str) -> Any:
     """Return the model that the options of a command name."""
-    import vitmodels
-    from actstore.harvester import choose_device
+    from actstore.harvester import load_model
 
-    return vitmodels.load(
-        model_id,
-        weights=config.weights,
-        pretrained=not config.random_weights,
-        seed=config.weights_seed,
-        img_size=config.img_size,
-        device=choose_device(config.device),
-    )
+    return load_model(model_id, config.device, **load_options(config))
 
 
 def harvest_with_progress(config: "Harvest") -> int:
@@ -136,14 +138,21 @@ def harvest_with_progress(config: "Harvest") -> int:
     from actstore.harvester import dry_run, harvest
 
     console = Console()
-    model = load_for(config, config.model)
     options = {name: getattr(config, name) for name in _PASSED_ON}
+    scheduler = None if config.dry_run else config.scheduler
+    model = load_for(config, config.model) if scheduler is None else config.model
     if config.dry_run:
         console.print(plan_table(dry_run(model=model, out=config.out, **options)))
         return 0
     with progress_bars(console) as progress:
         view = HarvestView(console, progress)
-        store = harvest(model=model, out=config.out, on_event=view, **options)
+        if scheduler is not None:
+            from actstore.cluster import harvest_on
+
+            options["load"] = load_options(config)
+            store = harvest_on(scheduler, model=model, out=config.out, on_event=view, **options)
+        else:
+            store = harvest(model=model, out=config.out, on_event=view, **options)
     missing = len(store.missing_parts)
     state = "complete" if store.is_complete else f"{missing} parts missing (other ranks?)"
     counts = f"{store.n_items:,} items, {state}, {view.skipped} skipped in this run"

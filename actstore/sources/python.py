@@ -27,6 +27,12 @@ class MapStyle:
         self._classes = getattr(data, "classes", None)
         self._recent = threading.local()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_recent"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _recent=threading.local())
+
     def __len__(self) -> int:
         return len(self._data)
 

@@ -1,0 +1,139 @@
+"""Real worker processes of a dask.distributed cluster, one killed while it works."""
+
+import os
+import signal
+
+import pytest
+from fake_model import objects
+
+import actstore
+from actstore.cli import main
+from actstore.cluster import harvest_on
+from actstore.verify import verify
+
+distributed = pytest.importorskip("distributed")
+dask = pytest.importorskip("dask")
+
+WHAT = {
+    "model": "toy/digits-2l",
+    "data": "digits",
+    "sites": "blocks.*.resid_post",
+    "limit": 1600,
+    "batch_size": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        made = distributed.LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=None,
+            memory_limit="4GiB",
+        )
+        with made, distributed.Client(made, set_as_default=False) as client:
+            yield client
+
+
+def test_a_worker_killed_in_the_middle_changes_no_byte(cluster, tmp_path):
+    actstore.harvest(out=tmp_path / "one", device="cpu", **WHAT)
+    processes = cluster.run(os.getpid)
+    assert len(set(processes.values())) == 2
+    killed, events = [], []
+
+    def watch(event):
+        events.append(event)
+        if event.kind == "part" and not killed:
+            busy = {worker: keys for worker, keys in cluster.processing().items() if keys}
+            victim = next(worker for worker in processes if worker in busy)
+            os.kill(processes[victim], signal.SIGKILL)
+            killed.append(victim)
+
+    store = harvest_on(cluster, out=tmp_path / "many", device="cpu", on_event=watch, **WHAT)
+    assert len(killed) == 1
+    assert store.is_complete
+    assert verify(store) == []
+    assert events[0].kind == "plan"
+    assert events[-1].kind == "finished"
+    assert sum(e.items for e in events if e.kind == "items") == 1600
+    parts = [e.part for e in events if e.kind == "part"]
+    assert sorted(parts) == list(range(store.manifest.n_parts))
+    for folder in ("acts", "parts", "stats"):
+        assert objects(tmp_path / "many", folder) == objects(tmp_path / "one", folder)
+    assert actstore.open(tmp_path / "many").table() == actstore.open(tmp_path / "one").table()
+
+
+def test_the_command_goes_on_with_what_is_missing(cluster, tmp_path, capsys):
+    out = str(tmp_path / "a")
+    words = ["harvest", "--model", "toy/digits-2l", "--data", "digits", "--limit", "64"]
+    words += ["--sites", "blocks.0.resid_post", "--device", "cpu", "--out", out]
+    words += ["--scheduler", cluster.scheduler.address]
+    assert main(words) == 0
+    before = objects(out)
+    assert "64 items, complete, 0 skipped" in capsys.readouterr().out
+    store = actstore.open(out)
+    for part in (1, 4):
+        os.unlink(store.storage.uri(f"parts/{part:05d}.json"))
+        os.unlink(store.shard("blocks.0.resid_post", "cls", part).uri)
+    assert main(words) == 0
+    assert f"resuming: {store.manifest.n_parts - 2} of" in capsys.readouterr().out
+    assert objects(out) == before
+
+
+def test_skipped_items_are_reported(cluster, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "in").mkdir()
+    for i in range(20):
+        Image.new("L", (20, 20), i).save(tmp_path / f"in/{i:02d}.png")
+    (tmp_path / "in/07.png").write_bytes(b"no image")
+    skipped = []
+    options = {**WHAT, "data": str(tmp_path / "in"), "limit": None, "device": "cpu"}
+
+    def watch(event):
+        if event.kind == "skipped":
+            skipped.append((event.key, event.message[:17]))
+
+    store = harvest_on(cluster, out=tmp_path / "a", on_event=watch, **options)
+    assert skipped == [("07.png", "cannot be decoded")]
+    assert store.is_complete
+    assert store.n_items == 19
+    with pytest.raises(ValueError, match=r"part \d+: item 7 \(07.png\) cannot be decoded"):
+        harvest_on(cluster, out=tmp_path / "b", strict=True, **options)
+
+
+class Elsewhere:
+    """A data set that a worker finds changed."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        from PIL import Image
+
+        return Image.new("L", (20, 20), i), i % 10
+
+    def __getstate__(self):
+        return {"length": self.length + 1}
+
+
+def test_a_worker_that_sees_something_else_refuses(cluster, tmp_path):
+    options = {**WHAT, "data": Elsewhere(20), "limit": None, "device": "cpu"}
+    with pytest.raises(ValueError, match=r"data set changed since the harvest: items was 20, is 2"):
+        harvest_on(cluster, out=tmp_path / "a", **options)
+    with pytest.raises(ValueError, match=r"must be a name that workers can load, not Elsewhere"):
+        harvest_on(cluster, out=tmp_path / "a", **{**WHAT, "model": Elsewhere(1)})
+
+
+def test_no_scheduler(tmp_path, monkeypatch):
+    from actstore import cluster as module
+
+    with pytest.raises(ValueError, match=r"no dask scheduler answers at 'tcp://127.0.0.1:9'"):
+        module.connect("tcp://127.0.0.1:9", wait=1)
+    with pytest.raises(ValueError, match=r"no dask scheduler answers at 'nonsense"):
+        module.connect("nonsense://x", wait=1)
