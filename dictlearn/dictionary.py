@@ -5,6 +5,7 @@ Shapes: B tokens, F latents, K active, r = width read, w = width written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,25 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dictlearn.config import DictionaryConfig, Input, Matryoshka, Sparsify
+from dictlearn.config import BatchTopK, DictionaryConfig, Input, Matryoshka, Sparsify, TopK
 from dictlearn.sparsify import Entries, build
 
 if TYPE_CHECKING:
     from typing import Self
 
 _LATENT_NORM_EPS = 1e-5
+
+
+def _encoder_scale(sparsify: Sparsify, latents: int, width: int) -> float:
+    """Length of the initial encoder rows: least squares for random directions.
+
+    For inputs of unit variance a channel, pre-activations are about standard normal and the k
+    largest of F about ``sqrt(2 ln(F / k))``; they overlap along the input, so their sum overshoots
+    by ``1 + 2 k ln(F / k) / w``, which is what the rows are divided by.
+    """
+    if not isinstance(sparsify, TopK | BatchTopK):
+        return 1.0
+    return 1.0 / (1.0 + 2.0 * sparsify.k * math.log(max(latents / sparsify.k, 1.0)) / width)
 
 
 class Dictionary(nn.Module):
@@ -62,7 +75,8 @@ class Dictionary(nn.Module):
     decode_scale
         ``scale`` [F] multiplies activations in the decoder only.
     seed
-        Of the initial weights: decoder rows uniform on the sphere, encoder its transpose.
+        Of the initial weights: decoder rows uniform on the sphere, encoder its transpose, shortened
+        where k is known so that the first reconstruction is not too long.
 
     Attributes
     ----------
@@ -109,6 +123,7 @@ class Dictionary(nn.Module):
         enc_Fr = dec_Fw.clone()
         if not same:
             enc_Fr = F.normalize(torch.randn(latents, d_read, generator=generator), dim=1)
+        enc_Fr *= _encoder_scale(sparsify, latents, d_write)
         self.W_enc = nn.Parameter(enc_Fr.T)
         self.b_enc = nn.Parameter(torch.zeros(latents))
         self.W_dec = nn.Parameter(dec_Fw)

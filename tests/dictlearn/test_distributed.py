@@ -19,17 +19,17 @@ from dictlearn.trainer import train
 
 SITE = {"blocks.0.resid_post": 16}
 CONFIG = TrainConfig(
-    steps=24,
+    steps=12,
     batch_size=64,
     streams=4,
     lr=5e-3,
     log_every=6,
-    checkpoint_every=12,
+    checkpoint_every=6,
     target_l0=5.0,
-    dead_after=300,
-    resample_every=9,
+    dead_after=200,
+    resample_every=5,
     holdout=0.2,
-    validate_every=12,
+    validate_every=6,
     validation_batches=1,
 )
 
