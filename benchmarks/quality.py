@@ -3,9 +3,10 @@
     python benchmarks/quality.py --export STORE --site blocks.7.resid_post --data tokens.npz
     PYTHONPATH=. PEERS/bin/python benchmarks/quality.py --data tokens.npz
 
-The first command writes shuffled training tokens and held-out tokens of a store, scaled to mean unit
-channel variance. The second trains every contestant on the same batches in the same order, Adam at
-a constant learning rate, and prints FVU and L0 on the held-out tokens under the inference rule.
+The first command writes shuffled training tokens and held-out tokens of a store, in units of the
+mean channel variance. The second trains every contestant on the same batches in the same order,
+Adam at a constant learning rate, and prints FVU and L0 on the held-out tokens under the inference
+rule.
 """
 
 import argparse

@@ -109,8 +109,8 @@ def test_evaluating_what_the_store_lacks(store: Store) -> None:
         evaluate(Dictionary({"blocks.9.resid_post": 16}, latents=9, sparsify=TopK(2)), store)
     with pytest.raises(ValueError, match=r"has 24 channels .* stores 16"):
         evaluate(Dictionary({A: 24}, latents=9, sparsify=TopK(2)), store)
-    with pytest.raises(KeyError, match=r"no tokens of kind 'patchs'"):
-        evaluate(Dictionary({A: 16}, latents=9, sparsify=TopK(2)), store, tokens="patchs")
+    with pytest.raises(KeyError, match=r"no tokens of kind 'pach'"):
+        evaluate(Dictionary({A: 16}, latents=9, sparsify=TopK(2)), store, tokens="pach")
     with pytest.raises(ValueError, match=r"was not harvested from a model"):
         evaluate(Dictionary({A: 16}, latents=9, sparsify=TopK(2)), store, model=True)
 
