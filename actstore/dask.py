@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Shaped
 
-from actstore import layout
+from actstore import codec, layout
 from actstore.manifest import ArraySpec
 from actstore.ranges import Request, missing, truncated
 
@@ -54,7 +54,12 @@ def array(store: "Store", site: str, kind: str, *, dtype: Any = "float32") -> "d
     name = f"acts-{site}-{kind}-{token}"
     loader = _Loader(store, spec, None if dtype is None else out)
     graph = {
-        (name, i, 0, 0): (loader, part, count)
+        (name, i, 0, 0): (
+            loader,
+            part,
+            count,
+            store.commit(part).objects[layout.shard_path(spec, part)]["bytes"],
+        )
         for i, (part, count) in enumerate(zip(parts, counts, strict=True))
     }
     chunks = (tuple(counts), (spec.tokens,), (spec.channels,))
@@ -87,18 +92,17 @@ class _Loader:
         self._spec, self._dtype = spec, dtype
         self._size = store.manifest.items_per_part
         self._stored = store.manifest.dtype
-        self._raw = store.manifest.codec == "raw"
-        if not self._raw:
-            raise ValueError(
-                f"{store.url} has the codec profile {store.manifest.codec!r}; dask mounts raw ones"
-            )
+        self._manifest = store.manifest
 
-    def __call__(self, part: int, items: int) -> Shaped[np.ndarray, "item token channel"]:
-        """Return the valid items of a part."""
+    def __call__(
+        self, part: int, items: int, size: int
+    ) -> Shaped[np.ndarray, "item token channel"]:
+        """Return the valid items of a part, whose shard has `size` bytes."""
         spec, stored = self._spec, layout.storage_dtype(self._stored)
         path = layout.shard_path(spec, part)
         shape = (spec.n_stripes, self._size, spec.stripe_tokens, spec.channels)
-        length = int(np.prod(shape)) * stored.itemsize
+        raw = self._manifest.codec == "raw"
+        length = int(np.prod(shape)) * stored.itemsize if raw else size
         request = Request(path=path, part=part, offset=0, length=length, tag=None)
         try:
             data = self._storage.read_range(path, 0, length)
@@ -106,7 +110,16 @@ class _Loader:
             raise missing(self._storage, request) from error
         if len(data) != length:
             raise truncated(self._storage, request, len(data))
-        values = np.frombuffer(data, dtype=stored).reshape(shape)[:, :items]
+        if raw:
+            values = np.frombuffer(data, dtype=stored).reshape(shape)[:, :items]
+        else:
+            spans = layout.decode_index(bytes(data[-layout.index_bytes(spec) :]), spec, length)
+            values = np.stack(
+                [
+                    codec.decode(data[a : a + n], self._manifest, spec, stored)[:items]
+                    for a, n in spans.tolist()
+                ]
+            )
         out_shape = (items, spec.tokens, spec.channels)
         rows = values.swapaxes(0, 1).reshape(out_shape)
         if self._dtype is None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64, Shaped, UInt64
 
-from actstore import layout
+from actstore import codec, layout
 from actstore.commit import read_sidecar
 from actstore.crc import crc32c
 from actstore.manifest import ArraySpec
@@ -73,11 +73,7 @@ class Filler:
     def __init__(self, selection: Selection, *, check: bool) -> None:
         self._selection, self._check = selection, check
         self._manifest = selection.store.manifest
-        if self._manifest.codec != "raw":
-            raise ValueError(
-                f"{selection.store.url} has the codec profile {self._manifest.codec!r}; shuffled "
-                "reading takes raw stores"
-            )
+        self._raw = self._manifest.codec == "raw"
         self._dtype = layout.storage_dtype(self._manifest.dtype)
         self._ranges = open_ranges(selection.store.storage)
         self._checksums = functools.lru_cache(1024)(self._read_checksums)
@@ -87,6 +83,7 @@ class Filler:
         self._starts = [s.start for s in selection.slices.values()]
         arrays = {s.array for c in selection.columns for s in c.stripes}
         self._spans = {a: layout.raw_spans(self._manifest, a).tolist() for a in arrays}
+        self._found = functools.lru_cache(4096)(self._find_spans)
         self._sources = [[self._source(c, s) for s in c.stripes] for c in selection.columns]
 
     def close(self) -> None:
@@ -105,8 +102,11 @@ class Filler:
             rows = selection.rows(part)
             for stripe, array, offset, length, whole in self._sources[g]:
                 span = count if rows is None else int(rows[-1]) + 1
-                direct = rows is None and whole and not self._check
+                direct = rows is None and whole and self._raw and not self._check
                 span = size if self._check else span
+                if not self._raw:
+                    offset, length = self._found(array, part)[stripe.index]
+                    span = size
                 out.append(
                     Request(
                         layout.shard_path(array, part),
@@ -189,7 +189,10 @@ class Filler:
             if crc32c(view) != int(expected):
                 raise damaged(self._selection.store.storage, request, stripe.index)
         t, d = stripe.array.stripe_tokens, stripe.array.channels
-        values = np.frombuffer(view, dtype=self._dtype).reshape(-1, t, d)
+        if self._raw:
+            values = np.frombuffer(view, dtype=self._dtype).reshape(-1, t, d)
+        else:
+            values = codec.decode(view, self._manifest, stripe.array, self._dtype)
         last = target.first + target.items * stripe.width
         place = buffer.place[target.first : last].reshape(-1, stripe.width)
         first = self._starts[stripe.site]
@@ -199,6 +202,13 @@ class Filler:
                 out[place[:, slot]] = values[: target.items, token]
             else:
                 out[place[:, slot]] = values[target.rows, token]
+
+    def _find_spans(self, array: ArraySpec, part: int) -> list[list[int]]:
+        """Return offset and length of the stripes of a compressed shard."""
+        spans: list[list[int]] = self._selection.store.shard(
+            array.site, array.kind, part
+        ).spans.tolist()
+        return spans
 
     def _read_checksums(self, part: int) -> dict[ArraySpec, np.ndarray]:
         store = self._selection.store

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from actstore import layout
+from actstore import codec, layout
 from actstore.batching import Batch, Recycler, Run
+from actstore.manifest import ArraySpec
 from actstore.pools import Buffer
 from actstore.ranges import Request, open_ranges
 from actstore.sampling import Epoch, Order, Sequential, streams_of
@@ -236,8 +237,21 @@ def items(
             f"{store.url} holds no item at position {wanted[~known][0]}: it was skipped, or its "
             "part is not committed; take positions from column `position` of `store.table()`"
         )
+    if store.manifest.codec == "raw":
+        out = _cells(store, array, part, row)
+    else:
+        out = _unpacked(store, array, part, row)
+    values = out.reshape(len(wanted), array.tokens, array.channels)
+    if dtype is None and store.manifest.dtype in ("float16", "float32"):
+        return values
+    target = _output_dtype(store, dtype)
+    return layout.from_stored(values, store.manifest.dtype).astype(target, copy=False)
+
+
+def _cells(store: "Store", array: ArraySpec, part: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Read rows of stripes one by one; return [item, stripe, t, channel]."""
     stored = layout.storage_dtype(store.manifest.dtype)
-    shape = (len(wanted), array.n_stripes, array.stripe_tokens, array.channels)
+    shape = (len(part), array.n_stripes, array.stripe_tokens, array.channels)
     out = np.empty(shape, dtype=stored)
     flat = out.reshape(-1).view(np.uint8)
     cell = array.stripe_tokens * array.channels * stored.itemsize
@@ -266,11 +280,33 @@ def items(
         )
     finally:
         ranges.close()
-    values = out.reshape(len(wanted), array.tokens, array.channels)
-    if dtype is None and store.manifest.dtype in ("float16", "float32"):
-        return values
-    target = _output_dtype(store, dtype)
-    return layout.from_stored(values, store.manifest.dtype).astype(target, copy=False)
+    return out
+
+
+def _unpacked(store: "Store", array: ArraySpec, part: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Read rows of compressed stripes, each stripe once; return [item, stripe, t, channel]."""
+    stored = layout.storage_dtype(store.manifest.dtype)
+    shape = (len(part), array.n_stripes, array.stripe_tokens, array.channels)
+    out = np.empty(shape, dtype=stored)
+    requests = []
+    for number in np.unique(part).tolist():
+        shard = store.shard(array.site, array.kind, number)
+        requests += [
+            Request(shard.path, number, offset, length, stripe)
+            for stripe, (offset, length) in enumerate(shard.spans.tolist())
+        ]
+
+    def done(request: Request, view: memoryview) -> None:
+        mine = np.flatnonzero(part == request.part)
+        values = codec.decode(view, store.manifest, array, stored)
+        out[mine, request.tag] = values[row[mine]]
+
+    ranges = open_ranges(store.storage)
+    try:
+        ranges.read(requests, lambda request: None, done, ())
+    finally:
+        ranges.close()
+    return out
 
 
 def _copy(flat: np.ndarray, request: Request, view: memoryview) -> None:

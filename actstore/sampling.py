@@ -329,9 +329,11 @@ def streams_of(rank: int, world: int, streams: int) -> range:
     if world < 1 or not 0 <= rank < world:
         raise ValueError(f"rank {rank} must be in 0..world-1, world is {world}")
     if streams % world:
+        fit = ", ".join(str(n) for n in range(1, streams + 1) if streams % n == 0)
         raise ValueError(
-            f"{streams} streams cannot be shared by {world} ranks: the world size must divide "
-            f"streams; start the run with streams a multiple of every world size it may get"
+            f"{streams} streams cannot be shared by {world} ranks, only by {fit}: the world "
+            f"size must divide streams; start the run with streams a multiple of every world "
+            f"size it may get"
         )
     each = streams // world
     return range(rank * each, (rank + 1) * each)

@@ -31,6 +31,7 @@ def build(
     stripe_tokens: tuple[int, ...] = (1,),
     dtype: str = "float16",
     commit: set[int] | None = None,
+    codec: str = "raw",
 ) -> Store:
     """Write a store with `counts` valid items in its parts of `size`, `commit` of them committed.
 
@@ -53,7 +54,9 @@ def build(
                 )
             )
     items = (len(counts) - 1) * size + max(counts[-1], 1)
-    manifest = Manifest(items=items, items_per_part=size, arrays=tuple(arrays), dtype=dtype)
+    manifest = Manifest(
+        items=items, items_per_part=size, arrays=tuple(arrays), dtype=dtype, codec=codec
+    )
     storage = open_storage(folder)
     create_store(storage, manifest)
     with PartPipeline(storage, manifest) as pipeline:

@@ -151,6 +151,35 @@ def test_dtypes(tmp_path: Path, dtype: str) -> None:
         batches(store, "s0", 4, dtype="int32")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("stripe_tokens", [(1,), (3,)])
+def test_compressed_stores_read_as_raw_ones(
+    tmp_path: Path, dtype: str, stripe_tokens: tuple[int, ...]
+) -> None:
+    layout: dict[str, Any] = {
+        "size": 5,
+        "tokens": 6,
+        "widths": (4, 2),
+        "stripe_tokens": stripe_tokens,
+        "dtype": dtype,
+    }
+    raw = build(tmp_path / "raw", [5, 3, 4], **layout)
+    packed = build(tmp_path / "packed", [5, 3, 4], codec="archive", **layout)
+    options: dict[str, Any] = {"positions": [0, 2, 3, 6], "check": True}
+    for items in (None, Split(half="train", holdout=0.3), [1, 6, 12]):
+        a = list(batches(raw, "s0,s1", 7, items=items, **options))
+        b = list(batches(packed, "s0,s1", 7, items=items, **options))
+        assert len(a) == len(b)
+        for left, right in zip(a, b, strict=True):
+            assert np.array_equal(left.acts, right.acts)
+            assert np.array_equal(left.token, right.token)
+    assert np.array_equal(
+        raw.items([12, 0, 6], "s1", "patch"), packed.items([12, 0, 6], "s1", "patch")
+    )
+    mounted = packed.dask("s0", "patch").compute(scheduler="sync")
+    assert np.array_equal(mounted, raw.dask("s0", "patch").compute(scheduler="sync"))
+
+
 def test_memory_of_a_batch_is_reused_only_when_nobody_looks(tmp_path: Path) -> None:
     store = build(tmp_path / "a", [64] * 4, size=64, tokens=8)
     kept = [b.acts[3:5] for b in batches(store, "s0", 50)]

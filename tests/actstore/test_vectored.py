@@ -44,7 +44,7 @@ def test_the_end_of_a_file_and_errors(tmp_path: Path) -> None:
     assert out.reshape(-1)[:51].tolist() == [*range(1, 51), 0]
     assert vectored.read_scattered(descriptor, 60, places, 0) == 0
     os.close(descriptor)
-    with pytest.raises(OSError, match="Bad file descriptor"):
+    with pytest.raises(OSError, match=r"Bad file descriptor"):
         vectored.read_scattered(descriptor, 0, places, 0)
 
 
