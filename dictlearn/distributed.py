@@ -9,6 +9,7 @@ is that of `torch.distributed`.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dictlearn.kernels import StepResult
+
+_SMALL = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +42,22 @@ class Ranks:
         return cls(rank=dist.get_rank(), world=dist.get_world_size())
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their mean over the ranks, in place."""
+        """Replace tensors of one dtype by their mean over the ranks, in place.
+
+        Small ones are sent together: a collective costs the wait for the slowest rank.
+        """
         if self.world == 1:
             return
+        small = [t for t in tensors if t.numel() <= _SMALL]
+        if small:
+            joined = torch.cat([t.reshape(-1) for t in small])
+            dist.all_reduce(joined)
+            for tensor, mean in zip(small, joined.split([t.numel() for t in small]), strict=True):
+                tensor.copy_((mean / self.world).view_as(tensor))
         for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor.div_(self.world)
+            if tensor.numel() > _SMALL:
+                dist.all_reduce(tensor)
+                tensor.div_(self.world)
 
     def total(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over the ranks."""
@@ -98,8 +111,20 @@ class Ranks:
 
 
 def start_from_environment(device: str) -> bool:
-    """Join the process group torchrun describes; returns whether there is one to leave."""
+    """Join the process group torchrun describes, left at exit; returns whether there is one.
+
+    On CUDA, ``cuda`` then means the device of the local rank.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         return False
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    on_cuda = device.startswith("cuda")
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+    atexit.register(_leave)
     return True
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

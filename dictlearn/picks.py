@@ -8,6 +8,7 @@ Shapes: B tokens, F latents, C rows of a chunk, N entries, r = width read.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -41,6 +42,7 @@ class Picks:
 
 Chunk = tuple[int, Tensor]
 Gather = Callable[[Tensor], Tensor]
+Found = tuple[Tensor, Tensor, Tensor]
 
 
 def pre_chunks(
@@ -139,16 +141,12 @@ def _pick_batch_top(
         row, latent = (pre_CF > bound).nonzero(as_tuple=True)
         found.append((row + start, latent, pre_CF[row, latent]))
     all_picks = _join(found, rows)
-    enough = 1.2 * n_keep if gather is not None else n_keep
-    if all_picks.pre.numel() < enough and bound is not None and bool(bound > 0):
-        zero = bound.new_zeros(())
-        found = []
-        for start, pre_CF in pre_chunks(dictionary, x_Br, "default"):
-            row, latent = (pre_CF > zero).nonzero(as_tuple=True)
-            found.append((row + start, latent, pre_CF[row, latent]))
-        all_picks = _join(found, rows)
-    if gather is not None:
-        return _keep_global(all_picks, n_keep, gather)
+    if bound is not None and gather is not None:
+        found, least = _global_least(dictionary, x_Br, found, bound, n_keep, gather)
+        kept = [_above(found, least)]
+        return dataclasses.replace(_join(kept, rows), smallest_kept=least)
+    if all_picks.pre.numel() < n_keep and bound is not None and bool(bound > 0):
+        all_picks = _join(_all_positive(dictionary, x_Br), rows)
     if all_picks.pre.numel() > n_keep:
         kept_N = all_picks.pre.topk(n_keep, sorted=False).indices.sort().values
         all_picks = _join(
@@ -164,19 +162,51 @@ def _pick_batch_top(
     )
 
 
-def _keep_global(picks: Picks, n_keep: int, gather: Gather) -> Picks:
-    """Keep what is among the largest of the candidates of all ranks."""
-    rows = picks.offset.numel() - 1
-    world_values = gather(picks.pre)
-    total = n_keep * (int(gather(picks.pre.new_ones(1)).numel()))
-    least = picks.pre.new_zeros(())
-    if world_values.numel() > total:
-        least = world_values.topk(total, sorted=False).values.min()
-    keep_N = picks.pre >= least
-    kept = _join([(picks.row[keep_N], picks.latent[keep_N], picks.pre[keep_N])], rows)
-    return Picks(
-        row=kept.row, latent=kept.latent, pre=kept.pre, offset=kept.offset, smallest_kept=least
-    )
+def _all_positive(dictionary: Dictionary, x_Br: Float[Tensor, "b r"]) -> list[Found]:
+    """Return every positive entry, by a pass with bound 0."""
+    found = []
+    for start, pre_CF in pre_chunks(dictionary, x_Br, "default"):
+        row, latent = (pre_CF > 0).nonzero(as_tuple=True)
+        found.append((row + start, latent, pre_CF[row, latent]))
+    return found
+
+
+def _global_least(
+    dictionary: Dictionary,
+    x_Br: Float[Tensor, "b r"],
+    found: list[Found],
+    bound: Tensor,
+    n_keep: int,
+    gather: Gather,
+) -> tuple[list[Found], Tensor]:
+    """Return a rank's candidates, and the smallest value kept in the batch of all ranks.
+
+    That value is right when no rank left out larger ones by its bound; otherwise those ranks look
+    again with bound 0. Every rank sees the same numbers and so takes the same way.
+    """
+    bound_R = gather(bound.reshape(1))
+    total = n_keep * bound_R.numel()
+
+    def least_of(found: list[Found]) -> tuple[Tensor, bool]:
+        value_N = gather(torch.cat([pre for _, _, pre in found]))
+        if value_N.numel() > total:
+            return value_N.topk(total, sorted=False).values.min(), True
+        least = value_N.min() if value_N.numel() else bound.new_zeros(())
+        return least, value_N.numel() == total
+
+    least, full = least_of(found)
+    needed = least if full else least.new_zeros(())
+    if bool((bound_R > needed).any()):
+        if bool(bound > needed):
+            found = _all_positive(dictionary, x_Br)
+        least, _ = least_of(found)
+    return found, least
+
+
+def _above(found: list[Found], least: Tensor) -> Found:
+    row, latent, pre = (torch.cat(parts) for parts in zip(*found, strict=True))
+    keep_N = pre >= least
+    return row[keep_N], latent[keep_N], pre[keep_N]
 
 
 def _sample_bound(pre_CF: Float[Tensor, "c f"], fraction: float) -> Tensor:
