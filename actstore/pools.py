@@ -49,6 +49,8 @@ class Buffer:
         """Epoch and number of the pool that is in it."""
         self.place: Int64[np.ndarray, " row"] = np.zeros(0, dtype=np.int64)
         """Where each row of the pool, in the order of `Pool`, lies in `values`."""
+        self.vectors: list[UInt64[np.ndarray, "row 2"]] = []
+        """Address and bytes of `place` of every row, by site."""
         self.extra: Any = None
         """Whatever `after_fill` left, for example a copy on a device."""
 
@@ -149,6 +151,13 @@ class Filler:
         buffer.rows = n
         buffer.place = np.empty(n, dtype=np.int64)
         buffer.place[order] = np.arange(n, dtype=np.int64)
+        size, stride = self._dtype.itemsize, self._selection.width * self._dtype.itemsize
+        buffer.vectors = [
+            vectors(
+                buffer.address + s.start * size, buffer.place, stride, (s.stop - s.start) * size
+            )
+            for s in selection.slices.values()
+        ]
         edges, lengths = pool.offset, np.diff(pool.offset)
         widths = self._widths[pool.column]
         start = selection.parts[pool.part] * self._manifest.items_per_part
@@ -172,14 +181,9 @@ class Filler:
         target: Target = request.tag
         if not target.direct:
             return None
-        stripe, size = target.stripe, self._dtype.itemsize
-        rows = buffer.place[target.first : target.first + target.items * stripe.width]
-        return vectors(
-            buffer.address + self._starts[stripe.site] * size,
-            rows,
-            self._selection.width * size,
-            stripe.array.channels * size,
-        )
+        stripe = target.stripe
+        last = target.first + target.items * stripe.width
+        return buffer.vectors[stripe.site][target.first : last]
 
     def _done(self, buffer: Buffer, request: Request, view: memoryview) -> None:
         target: Target = request.tag
