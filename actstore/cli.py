@@ -152,6 +152,22 @@ class Gc(_Place):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Stats(_Place):
+    """Summarise the values of a store: norms, outlier channels and tokens, by site and kind."""
+
+    url: tyro.conf.Positional[str]
+    """The store."""
+    sites: str | None = None
+    """Sites or patterns; all by default."""
+    png: str | None = None
+    """File for a figure."""
+    json: str | None = None
+    """File for all values: by channel, by position, tokens of largest norm."""
+    scheduler: str | None = None
+    """Address of a dask.distributed scheduler to compute on; threads of this process otherwise."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Models:
     """List the models that can be harvested."""
 
@@ -163,7 +179,7 @@ class Models:
 
 def _handlers() -> dict[type, Callable[[Any], int]]:
     """Return what each command runs; imported here so that `--help` is quick."""
-    from actstore import report, report_upkeep
+    from actstore import report, report_summary, report_upkeep
 
     return {
         Harvest: report.harvest_with_progress,
@@ -172,6 +188,7 @@ def _handlers() -> dict[type, Callable[[Any], int]]:
         Repair: report_upkeep.repair_with_progress,
         Convert: report_upkeep.convert_with_progress,
         Gc: report_upkeep.collect_garbage,
+        Stats: report_summary.print_stats,
         Models: lambda config: report.print_models(config.pattern, with_sites=config.sites),
     }
 
@@ -188,6 +205,7 @@ def commands(arguments: Sequence[str]) -> dict[str, Callable[..., Any]]:
         "repair": Repair,
         "convert": Convert,
         "gc": Gc,
+        "stats": Stats,
         "models": Models,
     }
     asked = arguments[0] if arguments else ""
