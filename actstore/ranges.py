@@ -57,8 +57,11 @@ class Request(NamedTuple):
     """What the caller wants to know it by."""
 
 
-Place = Callable[[Request], UInt64[np.ndarray, "n 2"] | None]
-"""Gives address and bytes of the places a request is scattered to; None has them lent to Done."""
+Place = Callable[[Request], UInt64[np.ndarray, "n 2"] | memoryview | None]
+"""Gives the memory of a request, or address and bytes of the places it is scattered to.
+
+None has the bytes lent to `Done`; so does a storage that cannot read into given memory.
+"""
 
 Done = Callable[[Request, memoryview], None]
 """Called with the bytes of a request that was not scattered; they are valid until it returns."""
@@ -103,7 +106,9 @@ class LocalRanges:
             if self._cold:
                 self._cold -= 1
                 self._look_ahead(line, i)
-            places = place(request) if vectored.AVAILABLE else None
+            places: Any = place(request)
+            if not vectored.AVAILABLE and not isinstance(places, memoryview):
+                places = None
             if places is None:
                 places, view = self._lent(request.length)
             else:
@@ -266,9 +271,11 @@ class StorageRanges:
                 job.cancel()
 
 
-def open_ranges(storage: Storage) -> Ranges:
-    """Return what reads ranges of a storage fastest."""
-    return ThreadedRanges(storage) if isinstance(storage, LocalStorage) else StorageRanges(storage)
+def open_ranges(storage: Storage, *, large: bool = True) -> Ranges:
+    """Return what reads ranges of a storage fastest, large ones or those of single rows."""
+    if not isinstance(storage, LocalStorage):
+        return StorageRanges(storage)
+    return ThreadedRanges(storage) if large else LocalRanges(storage)
 
 
 def missing(storage: Storage, request: Request) -> FileNotFoundError:

@@ -20,7 +20,6 @@ from actstore.pools import Buffer
 from actstore.ranges import Request, open_ranges
 from actstore.sampling import Epoch, Order, Sequential, streams_of
 from actstore.selection import Selection, Split
-from actstore.vectored import vectors
 
 if TYPE_CHECKING:
     from actstore.store import Store
@@ -269,12 +268,12 @@ def _cells(store: "Store", array: ArraySpec, part: np.ndarray, row: np.ndarray) 
                     tag=(i * array.n_stripes + stripe) * cell,
                 )
             )
-    one = np.zeros(1, dtype=np.uint64)
-    ranges = open_ranges(store.storage)
+    view = flat.data
+    ranges = open_ranges(store.storage, large=False)
     try:
         ranges.read(
             requests,
-            lambda request: vectors(flat.ctypes.data + request.tag, one, 0, cell),
+            lambda request: view[request.tag : request.tag + cell],
             functools.partial(_copy, flat),
             (),
         )
