@@ -63,7 +63,7 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
         binary, "-logtostderr=true", "server", f"-dir={folder}", "-ip=127.0.0.1",
         f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
         "-s3", f"-s3.port={s3}", f"-s3.config={config}", "-volume.max=60",
-        "-master.volumeSizeLimitMB=512", "-s3.port.iceberg=0",
+        "-master.volumeSizeLimitMB=512", "-s3.port.iceberg=0", "-s3.port.lance=0",
     ]  # fmt: skip
     with open(folder / "log.txt", "wb") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log)

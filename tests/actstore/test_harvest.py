@@ -289,10 +289,6 @@ def test_a_model_that_gives_nan_is_refused(tmp_path):
         ({"limit": 0}, r"limit must be at least 1"),
         ({"batch_size": 0}, r"batch_size must be at least 1"),
         ({"tokens": "all"}, r"unknown token kind 'all'"),
-        (
-            {"model": "timm/vit_bas_patch16_224"},
-            r"unknown model 'timm/vit_bas_patch16_224'; nearest",
-        ),
     ],
 )
 def test_bad_requests_say_what_is_allowed(tmp_path, options, message):
