@@ -13,6 +13,7 @@ makes up most of it (`MASSIVE` of the square; after Sun et al. 2024, arXiv 2402.
 """
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -113,8 +114,7 @@ def summarise(
 
 
 def _one(store: "Store", site: str, kind: str, scheduler: Any) -> ArraySummary:
-    import dask
-
+    dask: Any = importlib.import_module("dask")
     moments = store.stats(site, kind)
     mounted = store.dask(site, kind)
     blocks = mounted.to_delayed().ravel().tolist()
