@@ -52,7 +52,9 @@ class Ranks:
         if small:
             joined = torch.cat([t.reshape(-1) for t in small])
             dist.all_reduce(joined)
-            for tensor, mean in zip(small, joined.split([t.numel() for t in small]), strict=True):
+            for tensor, mean in zip(
+                small, torch.split(joined, [t.numel() for t in small]), strict=True
+            ):
                 tensor.copy_((mean / self.world).view_as(tensor))
         for tensor in tensors:
             if tensor.numel() > _SMALL:
@@ -83,6 +85,20 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def agree(self, value: Any, what: str) -> None:
+        """Refuse to go on where this rank sees something else than rank 0.
+
+        Raises
+        ------
+        ValueError
+            On the ranks that differ.
+        """
+        if (first := self.same(value)) != value:
+            raise ValueError(
+                f"rank {self.rank} finds {value!r} as {what}, rank 0 finds {first!r}: the folder "
+                "of a run must be on a file system that all ranks see"
+            )
 
     def spread(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors by those of rank 0."""

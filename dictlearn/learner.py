@@ -15,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dictlearn.archetypes import Hull
+from dictlearn.config import BatchTopK
 from dictlearn.dictionary import Dictionary
 from dictlearn.distributed import Ranks
 from dictlearn.gemm import Backend
-from dictlearn.kernels import Step, StepResult, step
+from dictlearn.kernels import Step, StepResult, has_sparse_step, step
 from dictlearn.losses import AuxK, prefixes_of
 from dictlearn.schedule import TrainConfig
 from dictlearn.sparsify import GatedSelection
@@ -58,6 +59,12 @@ class Learner:
             raise ValueError(
                 f"dictionary {self.name!r} has {what}, which can be evaluated but not trained; "
                 "train with TrainConfig(normalize='scale') instead"
+            )
+        batch_top = isinstance(d.config.sparsify, BatchTopK)
+        if batch_top and self.ranks.world > 1 and not has_sparse_step(d):
+            raise ValueError(
+                f"dictionary {self.name!r}: BatchTopK with latent_norm is trained on one rank "
+                f"only, not on {self.ranks.world}: its dense step knows no threshold of all ranks"
             )
         if self.config.precision == "bfloat16":
             self.backend = "bfloat16"
@@ -130,6 +137,7 @@ class Learner:
             self.since_fired_F.masked_fill_(dead_F, 0)
             inner = [v for slot in moments.values() for v in slot.values()]
             self.ranks.spread([v.data for v in self.views.values()] + inner)
+            self.generator.set_state(self.ranks.same(self.generator.get_state()))
         return result
 
     def _controlled(self) -> float:

@@ -221,6 +221,7 @@ class _Run:
     def _resume(self) -> int:
         """Load the newest checkpoint, if there is one, and return its step."""
         found = checkpoint.latest(self.out) if self.out else None
+        self.ranks.agree(found and found.name, f"the newest checkpoint in {self.out}")
         if found is None:
             self._event("start", 0)
             return 0

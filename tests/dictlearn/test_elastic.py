@@ -22,6 +22,7 @@ from dictlearn.config import BatchTopK, JumpReLU, TopK
 from dictlearn.dictionary import Dictionary
 from dictlearn.distributed import Ranks
 from dictlearn.formats import load
+from dictlearn.learner import Learner
 from dictlearn.picks import pick
 from dictlearn.progress import TrainEvent
 from dictlearn.runlog import read_log
@@ -83,7 +84,8 @@ def work(rank: int, world: int, url: str, out: str, meeting: str, stop: int, por
 
 
 def start(world: int, store: Store, out: Path, stop: int = 0) -> list[multiprocessing.Process]:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dictlearn.trainer", "dictlearn.commands", "actstore.store"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -187,3 +189,13 @@ def test_ranks_must_divide_the_streams(store: Store, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: cls(rank=0, world=3)))
     with pytest.raises(ValueError, match=r"4 streams cannot be shared by 3 ranks, only by 1, 2, 4"):
         train(store, dictionaries()[0], CONFIG)
+
+
+def test_what_ranks_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = Ranks(rank=1, world=2)
+    d = Dictionary(SITE, latents=48, sparsify=BatchTopK(4), latent_norm=True)
+    with pytest.raises(ValueError, match=r"'a': BatchTopK with latent_norm .* one rank only, not"):
+        Learner(name="a", dictionary=d, config=CONFIG, ranks=two)
+    monkeypatch.setattr(Ranks, "same", lambda self, value: "000000004")
+    with pytest.raises(ValueError, match=r"rank 1 finds None as the newest .*'000000004': the"):
+        two.agree(None, "the newest checkpoint in runs/a")
