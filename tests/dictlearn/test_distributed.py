@@ -72,7 +72,8 @@ def test_ranks_equal_one_process(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dictlearn.trainer", "dictlearn.commands", "actstore.store"])
     arguments = (store.url, str(tmp_path))
     processes = [context.Process(target=work, args=(rank, *arguments)) for rank in range(4)]
     for process in processes:
