@@ -46,13 +46,18 @@ class Harvest(_Place):
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     batch_size: int | None = None
-    """Items of a forward pass; 16 on the CPU and 128 elsewhere by default."""
+    """Items of a forward pass; 16 on the CPU and 128 elsewhere by default; halved when memory
+    runs out."""
     workers: int | None = None
     """Threads that decode; the number of cores by default, at most 16."""
     strict: bool = False
     """Stop at the first item that cannot be decoded instead of skipping it."""
     memory: int | None = None
     """Bytes for part buffers; two fifths of what is available by default, at most 8e9."""
+    autocast: str | None = None
+    """Type the forward pass runs in: bfloat16 or float16; that of the weights by default."""
+    compile: bool = False
+    """Compile the model block by block."""
     weights: str | None = None
     """Local weights, a safetensors or pt file."""
     random_weights: bool = False

@@ -215,6 +215,8 @@ def harvest_on(
     workers: int | None = None,
     strict: bool = False,
     memory: int | None = None,
+    autocast: str | None = None,
+    compile: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Store:
@@ -229,8 +231,8 @@ def harvest_on(
     load
         Further options of `vitmodels.load`: weights (a file that all machines see), pretrained,
         seed, img_size.
-    data, sites, out, tokens, dtype, limit, seed, batch_size, strict, storage_options
-        As for `actstore.harvest`. A local `out` must be a folder that all machines share.
+    data, sites, out, tokens, dtype, limit, seed, batch_size, strict, autocast, compile
+        As for `actstore.harvest`, as are the `storage_options`. A local `out` must be a folder that all machines share.
     device
         Where the model runs on a worker.
     workers
@@ -272,6 +274,8 @@ def harvest_on(
             workers=workers,
             strict=strict,
             memory=memory or _memory(client),
+            autocast=autocast,
+            compile=compile,
             storage_options=storage_options,
         )
         report = on_event or (lambda event: None)

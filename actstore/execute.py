@@ -6,6 +6,7 @@ not is computed again from the start and gives the same bytes on the same hardwa
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections import deque
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from actstore.commit import Commit
+from actstore.forward import Forward
 from actstore.index import OK
 from actstore.manifest import Manifest
 from actstore.order import keyed_permutation
@@ -187,6 +189,7 @@ def run_parts(
         return
     sites = {name: info for name, info in job.model.sites().items() if name in job.manifest.sites}
     stager = Stager(job.manifest, sites)
+    forward = Forward(job.model, list(job.manifest.sites), job.manifest.compute)
 
     def committed(commit: Commit) -> None:
         on_event(Event(kind="part", part=commit.part, items=commit.items))
@@ -203,7 +206,9 @@ def run_parts(
         for part, decoded, last in batches:
             if buffer is None:
                 buffer, rows = pipeline.next_buffer(), []
-            _forward(job, stager, buffer, decoded, list(job.manifest.sites))
+            inputs = [item.input for item in decoded if item.input is not None]
+            with torch.inference_mode():
+                forward(inputs, functools.partial(stager.put, buffer))
             rows += [item.row for item in decoded]
             _report(part, decoded, on_event)
             if last:
@@ -216,22 +221,6 @@ def run_parts(
                 _number(rows, part * job.manifest.items_per_part)
                 pipeline.submit(part, buffer, rows)
                 buffer = None
-
-
-def _forward(
-    job: Job, stager: Stager, buffer: PartBuffer, decoded: Sequence[_Decoded], sites: list[str]
-) -> None:
-    """Run the valid items of a batch and hand their values on."""
-    inputs = [item.input for item in decoded if item.input is not None]
-    if not inputs:
-        return
-    x = torch.stack(inputs)
-    device = torch.device(job.model.device)
-    if device.type == "cuda":
-        x = x.pin_memory()
-    with torch.inference_mode():
-        values = job.model.run(x.to(device, non_blocking=True), sites=sites, stop_early=True)
-        stager.put(buffer, values)
 
 
 def _report(part: int, decoded: Sequence[_Decoded], on_event: Callable[[Event], None]) -> None:

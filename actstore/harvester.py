@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actstore.execute import Event, Job, rank_and_world, run_parts
+from actstore.forward import check_compute
 from actstore.manifest import Manifest
 from actstore.plan import (
     Plan,
@@ -47,6 +48,8 @@ def harvest(
     workers: int | None = None,
     strict: bool = False,
     memory: int | None = None,
+    autocast: str | None = None,
+    compile: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Store:
@@ -73,13 +76,18 @@ def harvest(
     device
         Where the model runs; ``auto`` takes CUDA, then MPS, then the CPU.
     batch_size
-        Items of a forward pass; it decides the last bits of the values.
+        Items of a forward pass, halved when the device runs out of memory; it decides the last
+        bits of the values.
     workers
         Threads that decode; as many as cores by default, at most 16.
     strict
         Stop at the first item that cannot be decoded instead of skipping it.
     memory
         Bytes allowed for part buffers; by default two fifths of what is available, at most 8 GB.
+    autocast
+        Type the forward pass runs in, ``bfloat16`` or ``float16``; that of the weights by default.
+    compile
+        Compile the model block by block with `torch.compile`.
     storage_options
         Options of the storage of `data` and `out`.
     on_event
@@ -106,6 +114,8 @@ def harvest(
         workers=workers,
         strict=strict,
         memory=memory,
+        autocast=autocast,
+        compile=compile,
         storage_options=storage_options,
     )
     report = on_event or _ignore
@@ -154,6 +164,8 @@ def prepare(
     strict: bool,
     memory: int | None,
     storage_options: Mapping[str, Any] | None,
+    autocast: str | None = None,
+    compile: bool = False,
 ) -> tuple[Job, Plan]:
     """Load model and data and plan the store, without writing anything."""
     from vitmodels.spec import expand_sites
@@ -164,6 +176,7 @@ def prepare(
         raise ValueError(f"limit must be at least 1, not {limit}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    check_compute(autocast)
     source = open_source(data, storage_options)
     if not len(source):
         raise ValueError(f"the data set {data!r} is empty")
@@ -192,7 +205,11 @@ def prepare(
         order={"kind": "keyed", "seed": seed, "source_items": len(source)},
         data=source.describe(),
         model=loaded.spec.to_json(),
-        compute={"batch_size": int(batch)},
+        compute={
+            "batch_size": int(batch),
+            **({"autocast": autocast} if autocast else {}),
+            **({"compile": True} if compile else {}),
+        },
     )
     if there is not None:
         manifest = _with_layout_of(manifest, there)

@@ -32,6 +32,8 @@ _PASSED_ON = (
     "workers",
     "strict",
     "memory",
+    "autocast",
+    "compile",
     "storage_options",
 )
 """Options of the command that `harvest` takes as they are."""
