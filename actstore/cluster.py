@@ -232,7 +232,8 @@ def harvest_on(
         Further options of `vitmodels.load`: weights (a file that all machines see), pretrained,
         seed, img_size.
     data, sites, out, tokens, dtype, limit, seed, batch_size, strict, autocast, compile
-        As for `actstore.harvest`, as are the `storage_options`. A local `out` must be a folder that all machines share.
+        As for `actstore.harvest`, as are the `storage_options`. A local `out` must be a folder
+        that all machines share.
     device
         Where the model runs on a worker.
     workers
