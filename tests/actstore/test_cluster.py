@@ -30,7 +30,7 @@ def cluster():
             n_workers=2,
             threads_per_worker=1,
             processes=True,
-            dashboard_address=None,
+            dashboard_address=":0",  # any free port: tests run side by side
             memory_limit="4GiB",
         )
         with made, distributed.Client(made, set_as_default=False) as client:

@@ -138,7 +138,8 @@ def test_the_tower_is_taken_out_of_a_whole_xclip(tmp_path: Path) -> None:
         assert torch.equal(model(x), want)
         assert torch.equal(acts["pooled"], want)
         first = acts["blocks.0.message.attn_in"]
-        assert torch.equal(first[:, 0], first[:, 2]), "the reason given for blocks.0.message.q"
+        # Equal but for the last bits: threads may sum the frames in another order.
+        torch.testing.assert_close(first[:, 0], first[:, 2], atol=1e-6, rtol=1e-5)
         later = acts["blocks.1.message.attn_in"]
         assert not torch.allclose(later[:, 0], later[:, 2])
 
