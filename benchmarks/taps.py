@@ -4,8 +4,8 @@
 
 CPU seconds of one round are compared with each other: the bare module first, then the same batch
 with one residual site at the last block, all residual sites, all patterns, all z, and stopping
-after block 3. With `peer`, an interpreter that has ViT-Prisma, its model of equal shape runs in
-the same rounds; its ratios are to its own forward pass, and to ours.
+after block 3. With `peer`, an interpreter that has ViT-Prisma and TransformerLens, their models of
+equal shape run in the same rounds; their ratios are to their own forward pass, and to ours.
 """
 
 import dataclasses
@@ -28,11 +28,13 @@ READS = {
     "all z": ("blocks.*.z", False),
     "stop after block 3": ("blocks.3.resid_post", True),
 }
-PEER = {
-    "Prisma: one residual site": "one",
-    "Prisma: all residual sites": "residual",
-    "Prisma: all patterns": "pattern",
-    "Prisma: everything": "all",
+PEERS = {"prisma": "Prisma", "transformerlens": "TransformerLens"}
+PEER_READS = {
+    "bare": "bare",
+    "one residual site": "one",
+    "all residual sites": "residual",
+    "all patterns": "pattern",
+    "everything": "all",
 }
 
 
@@ -47,7 +49,7 @@ class Config:
     threads: int = 1
     """Threads of torch."""
     peer: Path | None = None
-    """Python interpreter that has ViT-Prisma, None for none."""
+    """Python interpreter that has ViT-Prisma and TransformerLens, None for none."""
     out: Path | None = None
     """JSON file."""
 
@@ -72,26 +74,18 @@ def main(config: Config) -> None:
 
     runs = {"bare": timed(lambda: model.module(x))}
     runs |= {name: timed(read(*told)) for name, told in READS.items()}
-    peer = None
-    if config.peer is not None:
-        command = [str(config.peer), str(Path(__file__).with_name("taps_peer.py"))]
-        peer = subprocess.Popen(
-            [*command, str(config.batch), str(config.threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        talk = Talk(peer)
-        runs["Prisma: bare"] = lambda: talk("bare")
-        runs |= {name: (lambda k=kind: talk(k)) for name, kind in PEER.items()}
+    talks: dict[str, Talk] = {}
+    for key, label in PEERS.items() if config.peer is not None else ():
+        talks[label] = talk = Talk([str(config.peer), key, str(config.batch), str(config.threads)])
+        runs |= {f"{label}: {name}": _asks(talk, kind) for name, kind in PEER_READS.items()}
     interleaved(runs, 1)
     results = interleaved(runs, config.rounds)
-    if peer is not None:
-        peer.terminate()
-        peer.wait()
+    for talk in talks.values():
+        talk.close()
     rows = []
     for name, times in results.items():
-        own = "Prisma: bare" if name.startswith("Prisma") else "bare"
+        owner = name.split(":")[0]
+        own = f"{owner}: bare" if owner in talks else "bare"
         row = {
             "run": name,
             "seconds": min(times),
@@ -102,11 +96,21 @@ def main(config: Config) -> None:
     report({"rows": rows, "config": str(config), **machine()}, config.out)
 
 
-class Talk:
-    """Asks the peer for one run and reads the seconds."""
+def _asks(talk: "Talk", kind: str) -> Callable[[], float]:
+    return lambda: talk(kind)
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self.process = process
+
+class Talk:
+    """A peer in its own interpreter: asked for one run, it answers with the seconds."""
+
+    def __init__(self, command: list[str]) -> None:
+        python, *arguments = command
+        self.process = subprocess.Popen(
+            [python, str(Path(__file__).with_name("taps_peer.py")), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self._until("ready")
 
     def __call__(self, kind: str) -> float:
@@ -117,11 +121,16 @@ class Talk:
         self.process.stdin.flush()
         return float(self._until("seconds").split()[1])
 
+    def close(self) -> None:
+        """End the peer."""
+        self.process.terminate()
+        self.process.wait()
+
     def _until(self, word: str) -> str:
         for line in self.process.stdout or ():
             if line.startswith(word):
                 return line
-        raise ValueError("the peer ended: does its environment have vit_prisma?")
+        raise ValueError("the peer ended: does its environment have what it needs?")
 
 
 if __name__ == "__main__":
