@@ -1,27 +1,69 @@
-"""Held-out FVU at equal k, steps, batches and learning rate, beside the peers' own training steps.
+"""Held-out FVU at equal L0, tokens, batches and learning-rate schedule, beside the peers.
 
     python benchmarks/quality.py --export STORE --site blocks.7.resid_post --data tokens.npz
-    PYTHONPATH=. PEERS/bin/python benchmarks/quality.py --data tokens.npz
+    PYTHONPATH=. PEERS/bin/python benchmarks/quality.py --data tokens.npz --out quality.jsonl
+    python benchmarks/quality.py --table quality.jsonl > docs/results/quality.md
 
 The first command writes shuffled training tokens and held-out tokens of a store, in units of the
-mean channel variance. The second trains every contestant on the same batches in the same order,
-Adam at a constant learning rate, and prints FVU and L0 on the held-out tokens under the inference
-rule.
+mean channel variance. The second trains every contestant on the same batches in the same order, by
+its own initialisation, losses and constraints (`benchmarks.quality_contestants`), and appends a line
+for each run, so that it can be stopped and goes on where it was. The third makes the table.
+
+The learning rate rises over 5 % of the steps and falls to 0 over the last 20 % for everyone, with
+Adam. L0 is made equal by the same rule for everyone: TopK keeps the k largest pre-activations of a
+token, the others the k * B largest of (pre-activation - threshold) in a batch of B = 4,096 held-out
+tokens; ``l0_own`` is what the thresholds found in training give. Dead: never active on held-out
+tokens.
 """
 
 import argparse
 import json
-import os
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-K, EXPANSION = 32, 8
-Make = Callable[[int, int, float, torch.Tensor], tuple[Callable, Callable]]
+K, EXPANSION, BATCH = 32, 8, 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a contestant is given."""
+
+    width: int
+    latents: int
+    steps: int
+    batch: int
+    lr: float
+    mean: torch.Tensor
+
+    def factor(self, step: int) -> float:
+        """Learning rate of a step over the peak."""
+        rise, fall = round(0.05 * self.steps), round(0.2 * self.steps)
+        return min((step + 1) / rise, 1.0) * min((self.steps - step) / fall, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A trainer as three functions, and the threshold it found."""
+
+    step: Callable[[torch.Tensor, int], None]
+    """Take a step on a batch."""
+    pre: Callable[[torch.Tensor], torch.Tensor]
+    """Pre-activations."""
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    """Output for dense activations."""
+    theta: Callable[[], torch.Tensor | float | None] = lambda: None
+    """Threshold of inference, one or a latent; None where there is none."""
+
+
+Make = Callable[[Setting], Contestant]
 
 
 def export(url: str, site: str, path: Path, tokens: int) -> None:
@@ -33,7 +75,7 @@ def export(url: str, site: str, path: Path, tokens: int) -> None:
     store = actstore.open(url)
     parts = {}
     for half, limit in (("train", tokens), ("validation", tokens // 10)):
-        rows = []
+        rows: list[np.ndarray] = []
         items = Split(half=half, holdout=0.1)
         for batch in batches(store, site, 4096, tokens="patch", items=items, dtype="float32"):
             rows.append(np.array(batch.acts))
@@ -42,193 +84,142 @@ def export(url: str, site: str, path: Path, tokens: int) -> None:
         parts[half] = np.concatenate(rows)
     factor = float(parts["train"].var(0).mean()) ** -0.5
     np.savez(path, **{k: (v * factor).astype(np.float32) for k, v in parts.items()})
+    sys.stdout.write(f"{path}: {', '.join(f'{k} {v.shape}' for k, v in parts.items())}\n")
 
 
-def ours(sparsify: str) -> Make:
-    """Our learner with one of our strategies."""
-
-    def make(d: int, latents: int, lr: float, mean: torch.Tensor) -> tuple[Callable, Callable]:
-        from dictlearn import config
-        from dictlearn.dictionary import Dictionary
-        from dictlearn.learner import Learner
-        from dictlearn.schedule import TrainConfig
-
-        d_ = Dictionary({"a": d}, latents=latents, sparsify=getattr(config, sparsify)(K))
-        with torch.no_grad():
-            d_.b_dec.copy_(mean)
-        train = TrainConfig(steps=10**6, lr=lr, warmup=0, decay=0, dead_after=10**7)
-        learner = Learner(name="ours", dictionary=d_, config=train, backend="onednn")
-        number = 0
-
-        def step(x: torch.Tensor) -> None:
-            nonlocal number
-            learner.train_step(x, x, number)
-            number += 1
-
-        def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            acts = d_.encode(x)
-            return acts, d_.decode(acts)
-
-        return step, run
-
-    return make
-
-
-def sparsify(d: int, latents: int, lr: float, mean: torch.Tensor) -> tuple[Callable, Callable]:
-    """EleutherAI's sparsify, with its trainer's steps."""
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
-    from sparsify import SparseCoder, SparseCoderConfig
-
-    sae = SparseCoder(d, SparseCoderConfig(num_latents=latents, k=K))
-    sae.b_dec.data = mean.clone()
-    optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
-
-    def step(x: torch.Tensor) -> None:
-        sae.set_decoder_norm_to_unit_norm()
-        sae(x).fvu.backward()
-        sae.remove_gradient_parallel_to_decoder_directions()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out = sae(x)
-        return out.latent_acts, out.sae_out
-
-    return step, run
+@torch.no_grad()
+def measure(one: Contestant, kind: str, held: torch.Tensor) -> dict[str, Any]:
+    """FVU at L0 = k, dead share, and L0 and FVU under the thresholds found in training."""
+    theta = one.theta()
+    error = error_own = 0.0
+    active = active_own = 0
+    fired = torch.zeros(one.pre(held[:1]).shape[1], dtype=torch.bool)
+    for x in held.split(BATCH):
+        pre = one.pre(x)
+        acts = torch.zeros_like(pre)
+        if kind == "TopK":
+            top = pre.topk(K, dim=1)
+            acts.scatter_(1, top.indices, top.values.relu())
+        else:
+            over = torch.where(pre > 0, pre - (0.0 if theta is None else theta), -torch.inf)
+            least = over.flatten().topk(K * len(x)).values[-1]
+            acts = torch.where((over >= least) & (over > -torch.inf), pre, 0.0)
+        error += float((one.decode(acts) - x).square().sum())
+        active += int((acts != 0).sum())
+        fired |= (acts != 0).any(0)
+        if theta is not None:
+            own = torch.where((pre > theta) & (pre > 0), pre, 0.0)
+            error_own += float((one.decode(own) - x).square().sum())
+            active_own += int((own != 0).sum())
+    spread = float((held - held.mean(0)).square().sum())
+    out = {"fvu": error / spread, "l0": active / len(held), "dead": 1 - float(fired.float().mean())}
+    if theta is not None:
+        out |= {"fvu_own": error_own / spread, "l0_own": active_own / len(held)}
+    return out
 
 
-def dictionary_learning(which: str) -> Make:
-    """dictionary_learning's trainers (they start b_dec at the geometric median themselves)."""
-
-    def make(d: int, latents: int, lr: float, mean: torch.Tensor) -> tuple[Callable, Callable]:
-        from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
-        from dictionary_learning.trainers.top_k import TopKTrainer
-
-        kind = {"TopK": TopKTrainer, "BatchTopK": BatchTopKTrainer}[which]
-        trainer = kind(
-            steps=10**6,
-            activation_dim=d,
-            dict_size=latents,
-            k=K,
-            layer=0,
-            lm_name="",
-            device="cpu",
-            lr=lr,
-            warmup_steps=0,
-            threshold_start_step=0,
-        )
-        number = 0
-
-        def step(x: torch.Tensor) -> None:
-            nonlocal number
-            trainer.update(number, x)
-            number += 1
-
-        def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            acts = trainer.ae.encode(x)
-            return acts, trainer.ae.decode(acts)
-
-        return step, run
-
-    return make
+def train(make: Make, setting: Setting, train_: torch.Tensor, seed: int) -> tuple[Contestant, float]:
+    """Train one contestant; returns it and the seconds of CPU it took."""
+    torch.manual_seed(seed)
+    one = make(setting)
+    order = np.random.default_rng(seed)
+    at = np.zeros(0, np.int64)
+    start = time.process_time()
+    for number in range(setting.steps):
+        if len(at) < setting.batch:  # a new epoch; the rest of the last one is left out
+            at = order.permutation(len(train_))
+        chosen, at = at[: setting.batch], at[setting.batch :]
+        one.step(train_[torch.from_numpy(chosen)], number)
+    return one, time.process_time() - start
 
 
-def sae_lens(which: str) -> Make:
-    """SAELens's training classes, with its trainer's steps."""
-
-    def make(d: int, latents: int, lr: float, mean: torch.Tensor) -> tuple[Callable, Callable]:
-        import sae_lens as lens
-        from sae_lens.saes.sae import TrainStepInput
-
-        config = getattr(lens, f"{which}TrainingSAEConfig")(d_in=d, d_sae=latents, k=K)
-        sae = getattr(lens, f"{which}TrainingSAE")(config)
-        sae.b_dec.data = mean.clone()
-        sae.train()
-        optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
-        none = torch.zeros(latents, dtype=torch.bool)
-
-        def step(x: torch.Tensor) -> None:
-            given = TrainStepInput(
-                sae_in=x,
-                dead_neuron_mask=none,
-                coefficients={},
-                n_training_steps=0,
-                is_logging_step=False,
-            )
-            sae.training_forward_pass(step_input=given).loss.backward()
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            acts = sae.encode(x)
-            return acts, sae.decode(acts)
-
-        return step, run
-
-    return make
-
-
-CONTESTANTS: dict[str, Make] = {
-    "ours TopK": ours("TopK"),
-    "sparsify TopK": sparsify,
-    "dictionary_learning TopK": dictionary_learning("TopK"),
-    "sae-lens TopK": sae_lens("TopK"),
-    "ours BatchTopK": ours("BatchTopK"),
-    "dictionary_learning BatchTopK": dictionary_learning("BatchTopK"),
-    "sae-lens BatchTopK": sae_lens("BatchTopK"),
-}
+def table(lines: Iterable[str]) -> str:
+    """Mean and standard deviation over seeds, at the best learning rate of each contestant."""
+    rows = [json.loads(line) for line in lines]
+    kinds = list(dict.fromkeys(r["kind"] for r in rows))
+    out = [
+        "| kind | trainer | lr | seeds | FVU at L0 = k | over the best | dead "
+        "| L0 by its own threshold | CPU s |\n|---|---|---|---|---|---|---|---|---|"
+    ]
+    for kind in kinds:
+        best = {}
+        for r in rows:
+            if r["kind"] == kind:
+                best.setdefault(r["name"], {}).setdefault(r["lr"], []).append(r)
+        chosen = {
+            name: min(by_lr.values(), key=lambda rs: np.mean([r["fvu"] for r in rs]))
+            for name, by_lr in best.items()
+        }
+        # a rate tried with one seed only does not stand for three
+        for name, by_lr in best.items():
+            most = max(len(rs) for rs in by_lr.values())
+            full = [rs for rs in by_lr.values() if len(rs) == most]
+            chosen[name] = min(full, key=lambda rs: np.mean([r["fvu"] for r in rs]))
+        least = min(float(np.mean([r["fvu"] for r in rs])) for rs in chosen.values())
+        for name, rs in chosen.items():
+            fvu = np.array([r["fvu"] for r in rs])
+            own = [f"{np.mean([r['l0_own'] for r in rs]):.1f}"] if "l0_own" in rs[0] else [""]
+            cells = [kind, name, f"{rs[0]['lr']:g}", str(len(rs))]
+            cells += [f"{fvu.mean():.4f} ± {fvu.std():.4f}", f"{fvu.mean() / least - 1:+.1%}"]
+            cells += [f"{np.mean([r['dead'] for r in rs]):.1%}", *own]
+            cells += [f"{np.mean([r['seconds'] for r in rs]):.0f}"]
+            out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) + "\n"
 
 
 def main() -> None:
-    """Export, or train and compare."""
+    """Export, train and compare, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--export")
+    parser.add_argument("--table", type=Path)
     parser.add_argument("--site", default="blocks.7.resid_post")
     parser.add_argument("--tokens", type=int, default=300_000)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-3])
-    parser.add_argument("--only", default="")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", default="", help="contestants whose 'kind name' holds this")
+    parser.add_argument("--out", type=Path, default=Path("quality.jsonl"))
     args = parser.parse_args()
+    if args.table:
+        sys.stdout.write(table(args.table.read_text().splitlines()))
+        return
     if args.export:
         export(args.export, args.site, args.data, args.tokens)
         return
+    from benchmarks.quality_contestants import CONTESTANTS
+
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     with np.load(args.data) as file:
-        train, held = (torch.from_numpy(file[k]) for k in ("train", "validation"))
-    mean, d = train.mean(0), train.shape[1]
-    spread = float((held - held.mean(0)).square().sum())
-    rows = []
-    print("| trainer | lr | FVU | L0 | dead | seconds |\n|---|---|---|---|---|---|")
-    for name, make in CONTESTANTS.items():
-        if args.only not in name:
-            continue
-        for lr in args.lr:
-            torch.manual_seed(0)
-            step, run = make(d, EXPANSION * d, lr, mean)
-            start = time.perf_counter()
-            for number in range(args.steps):
-                at = (number * args.batch) % (len(train) - args.batch)
-                step(train[at : at + args.batch].contiguous())
-            seconds = time.perf_counter() - start
-            error, active, fired = 0.0, 0, torch.zeros(EXPANSION * d, dtype=torch.bool)
-            with torch.no_grad():
-                for x in held.split(4096):
-                    acts, y = run(x)
-                    error += float((y - x).square().sum())
-                    active += int((acts != 0).sum())
-                    if acts.shape[1] == len(fired):
-                        fired |= (acts != 0).any(0)
-            dead = 1 - float(fired.float().mean()) if fired.any() else float("nan")
-            row = {"name": name, "lr": lr, "fvu": error / spread, "l0": active / len(held)}
-            rows.append({**row, "dead": dead, "seconds": seconds})
-            numbers = f"{row['fvu']:.4f} | {row['l0']:.1f} | {dead:.1%} | {seconds:.0f}"
-            print(f"| {name} | {lr:g} | {numbers} |", flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+        tokens, held = (torch.from_numpy(file[k]) for k in ("train", "validation"))
+    width = tokens.shape[1]
+    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    keys = ("kind", "name", "seed", "lr", "steps", "batch")
+    for seed in args.seeds:
+        for (kind, name), make in CONTESTANTS.items():
+            for lr in args.lr:
+                run = {"kind": kind, "name": name, "seed": seed, "lr": lr}
+                run |= {"steps": args.steps, "batch": args.batch}
+                if args.only not in f"{kind} {name}" or any(
+                    all(r[k] == run[k] for k in keys) for r in done
+                ):
+                    continue
+                setting = Setting(
+                    width=width,
+                    latents=EXPANSION * width,
+                    steps=args.steps,
+                    batch=args.batch,
+                    lr=lr,
+                    mean=tokens.mean(0),
+                )
+                one, seconds = train(make, setting, tokens, seed)
+                run |= measure(one, kind, held) | {"seconds": seconds}
+                with args.out.open("a") as file:
+                    file.write(json.dumps(run) + "\n")
+                sys.stdout.write(json.dumps(run) + "\n")
+                sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 For each of the eight toys: one store of all layers, then three passes over it (CLS, patches, both),
 each training an SAE on every layer's resid_post; the pass over both also trains an SAE on every
-mlp_out, a transcoder over every MLP and a crosscoder over all layers. Evaluation is on held-out
-digits, with the model's own head.
+mlp_out, a transcoder over every MLP, a crosscoder over all layers, and BatchTopK SAEs on every
+layer's resid_post, whose L0 of CLS and of patches is free to differ. Evaluation is on held-out
+digits, with the model's own head. A toy that is done is not trained again.
 """
 
 import argparse
@@ -13,17 +14,18 @@ import time
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 import actstore
 import vitmodels
-from dictlearn.config import TopK
+from dictlearn.config import BatchTopK, TopK
 from dictlearn.schedule import TrainConfig
 from dictlearn.sweep import Candidate, markdown, sweep
 
 TOYS = [f"toy/digits-{n}l{kind}" for n in (1, 2, 3, 4) for kind in ("", "-attn")]
 WIDTH, LATENTS, K = 64, 512, 8
-COLUMNS = ["model", "tokens", "reads", "writes", "l0_cls", "l0_patch", "fvu", "dead"]
+COLUMNS = ["model", "tokens", "reads", "writes", "kind", "l0_cls", "l0_patch", "fvu", "dead"]
 COLUMNS += ["ce_clean", "ce_spliced", "ce_zero", "ce_mean", "top1_clean", "top1_spliced"]
 
 
@@ -33,6 +35,7 @@ def candidates(layers: int, attention_only: bool, tokens: str) -> list[Candidate
     out = [Candidate(reads={s: WIDTH}, latents=LATENTS, sparsify=TopK(K)) for s in resid]
     if tokens != "cls,patch":
         return out
+    out += [Candidate(reads={s: WIDTH}, latents=LATENTS, sparsify=BatchTopK(K)) for s in resid]
     if layers > 1:
         every = dict.fromkeys(resid, WIDTH)
         out.append(Candidate(reads=every, latents=LATENTS, sparsify=TopK(K)))
@@ -74,7 +77,12 @@ def main() -> None:
             )
             chosen = candidates(layers, attention_only, tokens)
             folder = args.work / f"{name}-{tokens.replace(',', '-')}"
-            table = sweep(store, chosen, config, out=folder, model=model, images=500, limit=None)
+            ready = folder / "results.parquet"
+            table = (
+                pq.read_table(ready)
+                if ready.is_file()
+                else sweep(store, chosen, config, out=folder, model=model, images=500, limit=None)
+            )
             rows += [{"model": name, "tokens": tokens, **row} for row in table.to_pylist()]
             done = time.perf_counter() - seconds
             print(f"{name} {tokens}: {len(rows)} dictionaries after {done:.0f} s", flush=True)
@@ -82,7 +90,7 @@ def main() -> None:
     present = {c: [row.get(c) for row in rows] for c in COLUMNS}
     text = (
         f"# Dictionaries over the toys\n\n`python benchmarks/sweep_toys.py --work FOLDER`: "
-        f"{len(rows)} dictionaries ({LATENTS} latents, TopK {K}, {args.steps} steps of 1,024 "
+        f"{len(rows)} dictionaries ({LATENTS} latents, k = {K}, {args.steps} steps of 1,024 "
         f"tokens) in {seconds / 60:.1f} minutes on {torch.get_num_threads()} threads, harvest and "
         "evaluation on 500 held-out digits included. CE and top-1 replace the kinds of tokens the "
         "dictionary was trained on.\n\n"
