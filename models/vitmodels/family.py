@@ -70,6 +70,9 @@ class Anatomy:
     """Inputs are token ids below this (a text tower); 0 for pixels."""
     call: Callable[[nn.Module, Any], Tensor] = call_module
     """(module, x) -> logits, or features where there is no head."""
+    without_effect_on_shapes: Sequence[tuple[nn.Module, str]] = ()
+    """(module, method) pairs that cost time and decide no shape, such as rotations by position.
+    While only shapes are asked for, each returns its first argument."""
 
 
 class Family(ABC):

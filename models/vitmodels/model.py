@@ -1,7 +1,7 @@
 """A vision model: the backend's own module, with names for its insides."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -315,7 +315,11 @@ class VisionModel:
         kept: dict[str, Tensor] = {}
         edits, self._edits = self._edits, []
         try:
-            with torch.no_grad(), self._reading(list(self.anatomy.taps), kept):
+            with (
+                torch.no_grad(),
+                _replaced(self.anatomy.without_effect_on_shapes),
+                self._reading(list(self.anatomy.taps), kept),
+            ):
                 torch.func.functional_call(module, empty, (x,))
         finally:
             self._edits = edits
@@ -326,6 +330,20 @@ class VisionModel:
                 f"forward pass reaches, the first is {missing[0]}"
             )
         return kept
+
+
+@contextmanager
+def _replaced(methods: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Let methods of single modules return their first argument."""
+    with ExitStack() as stack:
+        for module, name in methods:
+            setattr(module, name, _first)  # on the instance, hiding the method of its class
+            stack.callback(delattr, module, name)
+        yield
+
+
+def _first(first: Any, *_others: Any, **_named: Any) -> Any:
+    return first
 
 
 class _Caller(nn.Module):

@@ -1,5 +1,7 @@
 """Precision of the forward pass, compilation, and going on when memory runs out."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,16 @@ def test_compile_is_asked_of_the_model_and_recorded(tmp_path):
     store = harvest(tmp_path / "a", model, compile=True)
     assert model.compiled == 1
     assert store.manifest.compute["compile"] is True
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_by_the_real_compiler_is_the_same_pass(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    options = {"limit": 16, "batch_size": 8, "dtype": "float32", "sites": "blocks.*.resid_post"}
+    plain = harvest(tmp_path / "plain", "toy/digits-1l", **options)
+    store = harvest(tmp_path / "compiled", "toy/digits-1l", compile=True, **options)
+    assert list((tmp_path / "cache").rglob("*.so")), "no machine code was made"
+    found = store.array("blocks.0.resid_post", "patch")[:]
+    np.testing.assert_allclose(
+        found, plain.array("blocks.0.resid_post", "patch")[:], rtol=1e-4, atol=1e-5
+    )

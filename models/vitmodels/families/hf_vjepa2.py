@@ -119,6 +119,11 @@ class HFVJepa2(HFFamily):
             input_shape=(frames, int(config.in_chans), *origin.size),
             transform=clip_transform(origin.processor, frames),
             call=call,
+            without_effect_on_shapes=[
+                (block.attention, method)
+                for block in encoder.layer
+                for method in ("get_position_ids", "apply_rotary_embeddings")
+            ],
         )
 
     def conformance(self) -> Mapping[str, Callable[[], nn.Module]]:
