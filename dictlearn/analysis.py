@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +53,8 @@ class Sparsity:
     top: pa.Table
     """Best items of each latent: latent, rank, position (of the item in the store), token, value;
     no rows unless asked for."""
+    also: tuple[Any, ...] = ()
+    """What every further collector gathered, in the order given."""
 
     @property
     def rate(self) -> Float[np.ndarray, " f"]:
@@ -111,12 +113,23 @@ class Sparsity:
         return path
 
 
+class Collector(Protocol):
+    """Something more to gather in the same pass; travels to every task, so it must pickle."""
+
+    def part(self, found: np.ndarray) -> Any:
+        """Reduce the active entries of some whole items, fields latent, value, row, kind, t."""
+
+    def add(self, gathered: Sequence[Any]) -> Any:
+        """Merge what `part` or `add` returned; in any order, at least one."""
+
+
 def sparsity(
     store: Store,
     dictionary: Dictionary,
     *,
     tokens: str | None = None,
     top: int = 0,
+    also: Sequence[Collector] = (),
     scheduler: str | None = None,
 ) -> Sparsity:
     """Compute firing rates and L0 over every readable item of a store.
@@ -131,6 +144,8 @@ def sparsity(
         Token kinds, ``cls,patch``; every kind stored by default.
     top
         Also keep so many best items of each latent (the best token of each item).
+    also
+        Collectors that see every active entry of the same read.
     scheduler
         Of dask (``threads``, ``synchronous``); the active client's, or threads, by default.
 
@@ -158,11 +173,11 @@ def sparsity(
         columns = [a.to_delayed().ravel() for a in arrays]
         starts = np.cumsum([0, *arrays[0].chunks[0]])
         for i, blocks in enumerate(zip(*columns, strict=True)):
-            parts.append(task(model, list(blocks), index, len(kinds), int(starts[i]), top))
+            parts.append(task(model, list(blocks), index, len(kinds), int(starts[i]), top, also))
     add = delayed(_add)
     while len(parts) > 1:
         groups = [parts[i : i + _FAN_IN] for i in range(0, len(parts), _FAN_IN)]
-        parts = [add(group, top) for group in groups]
+        parts = [add(group, top, also) for group in groups]
     options = {} if scheduler is None else {"scheduler": scheduler}
     (counts,) = compute(parts[0], **options)  # type: ignore[no-untyped-call]
     return _finish(store, kinds, specs, counts)
@@ -177,6 +192,7 @@ class _Counts:
     l0: dict[int, np.ndarray]
     items: dict[int, int]
     best: np.ndarray
+    also: list[Any]
 
 
 _BEST = np.dtype(
@@ -192,6 +208,7 @@ def _part(
     kinds: int,
     start: int,
     top: int,
+    also: Sequence[Collector] = (),
 ) -> _Counts:
     """Count one kind of one part, whose first item is row `start` of the table."""
     items, n_tokens = blocks[0].shape[:2]
@@ -203,6 +220,7 @@ def _part(
     )
     l0_T = np.zeros(n_tokens, np.int64)
     best = np.zeros(0, _BEST)
+    gathered: list[Any] = []
     step = max(1, _CHUNK_BYTES // (4 * f * n_tokens))
     for at in range(0, items, step):
         cut = [torch.from_numpy(np.ascontiguousarray(b[at : at + step])) for b in blocks]
@@ -216,11 +234,15 @@ def _part(
         total[kind] += np.bincount(latent_N, weights=value_N, minlength=f)
         np.maximum.at(largest[kind], latent_N, value_N)
         l0_T += np.bincount(t_N, minlength=n_tokens)
-        if top:
+        if top or also:
             found = np.zeros(len(latent_N), _BEST)
             found["latent"], found["value"], found["t"] = latent_N, value_N, t_N
             found["row"], found["kind"] = item_N + at + start, kind
-            best = _best(np.concatenate([best, found]), top)
+            if top:
+                best = _best(np.concatenate([best, found]), top)
+            new = [collector.part(found) for collector in also]
+            pairs = zip(also, gathered, new, strict=True) if gathered else ()
+            gathered = [c.add([old, one]) for c, old, one in pairs] or new
     tokens = np.zeros(kinds, np.int64)
     tokens[kind] = items * n_tokens
     return _Counts(
@@ -231,6 +253,7 @@ def _part(
         l0={kind: l0_T},
         items={kind: items},
         best=best,
+        also=gathered,
     )
 
 
@@ -253,7 +276,7 @@ def _rank(sorted_keys: np.ndarray) -> np.ndarray:
     return rank
 
 
-def _add(counts: Sequence[_Counts], top: int) -> _Counts:
+def _add(counts: Sequence[_Counts], top: int, also: Sequence[Collector] = ()) -> _Counts:
     out = counts[0]
     for other in counts[1:]:
         l0, items = dict(out.l0), dict(out.items)
@@ -268,9 +291,11 @@ def _add(counts: Sequence[_Counts], top: int) -> _Counts:
             l0=l0,
             items=items,
             best=np.concatenate([out.best, other.best]),
+            also=out.also,
         )
     if top:
         out.best = _best(out.best, top)
+    out.also = [c.add([one.also[i] for one in counts]) for i, c in enumerate(also)]
     return out
 
 
@@ -291,6 +316,7 @@ def _finish(
         position=np.concatenate(position),
         position_kind=np.repeat(np.arange(len(kinds)), [len(p) for p in position]),
         position_l0=np.concatenate(l0),
+        also=tuple(counts.also),
         top=pa.table(
             {
                 "latent": best["latent"],
