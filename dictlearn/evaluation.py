@@ -17,11 +17,12 @@ from torch import Tensor
 from actstore.reader import sequential
 from actstore.selection import Split
 from dictlearn.dictionary import Dictionary
-from dictlearn.report import DENSITY_EDGES, Report
+from dictlearn.report import DENSITY_EDGES, Report, Substitution
 from dictlearn.scaling import check_sites
 
 if TYPE_CHECKING:
     from actstore.store import Store
+    from dictlearn.heads import Head
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def evaluate(
     batch_size: int = 4096,
     limit: int | None = None,
     model: Any = None,
+    heads: Sequence[Head] | None = None,
     data: Any = None,
     images: int | None = 1000,
     device: str | torch.device = "cpu",
@@ -62,7 +64,9 @@ def evaluate(
         Stop after about so many tokens.
     model
         A `vitmodels.VisionModel`, or True to load the one the manifest names: adds the
-        substitution loss with the model's own head.
+        substitution loss.
+    heads
+        What turns the model's values into logits: `dictlearn.heads`; its own head by default.
     data
         The images; those of the manifest by default.
     images
@@ -98,16 +102,16 @@ def evaluate(
                 break
     finally:
         batches.close()  # type: ignore[attr-defined]
-    substitution = None
+    found: list[Substitution] = []
     if model is not None and model is not False:
         from dictlearn.substitution import substitute
 
-        substitution = substitute(
-            dictionary, store, model=model, data=data, kinds=kinds, items=items, images=images
-        )
+        options = {"data": data, "kinds": kinds, "items": items, "images": images}
+        found = substitute(dictionary, store, model=model, heads=heads, **options)
     return tally.report(
         items="all" if items is None else str(items),
-        substitution=substitution,
+        substitution=found[0] if found else None,
+        other_heads=tuple(found[1:]),
         about=dict(about or {}),
     )
 

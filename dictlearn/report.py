@@ -25,11 +25,15 @@ class Substitution:
     kinds: tuple[str, ...]
     """Token kinds replaced; the others keep their values."""
     ce: Mapping[str, float]
-    """Cross-entropy: clean, spliced (the dictionary's output), zero, mean (of the store)."""
+    """Cross-entropy: clean, spliced (the dictionary's output), error (that plus its error, which
+    must equal clean), zero, mean (of the store)."""
     top1: Mapping[str, float]
     """Share of images whose largest logit is the target, under each."""
     kl: Mapping[str, float]
     """KL divergence from the clean prediction, under each."""
+    head: str = "model"
+    """What gives the logits: the model's own head, a zero-shot classifier and its scale, or a
+    probe."""
 
     @property
     def recovered(self) -> float:
@@ -77,7 +81,9 @@ class Report:
     density: tuple[int, ...]
     """Latents by log10 of the firing rate between `DENSITY_EDGES`; rarer or never comes first."""
     substitution: Substitution | None = None
-    """Effect on the model, when it was evaluated."""
+    """Effect on the model, when it was evaluated, by the first head."""
+    other_heads: tuple[Substitution, ...] = ()
+    """The same by further heads."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """Free: the dictionary's name and path."""
 
@@ -101,8 +107,9 @@ class Report:
             k: math.nan if v is None else v for k, v in fields["fvu_by_kind"].items()
         }
         if fields.get("substitution"):
-            inner = dict(fields["substitution"])
-            fields["substitution"] = Substitution(**inner | {"kinds": tuple(inner["kinds"])})
+            fields["substitution"] = _substitution(fields["substitution"])
+        others = fields.get("other_heads", ())
+        fields["other_heads"] = tuple(_substitution(inner) for inner in others)
         return cls(**fields)
 
     def save(self, path: str | Path) -> Path:
@@ -118,15 +125,26 @@ class Report:
         out |= {"FVU": f"{self.fvu:.4f}", "cosine": f"{self.cosine:.4f}"}
         out |= {"dead": f"{self.dead:.1%}", "dense": f"{self.dense:.1%}"}
         if self.substitution is not None:
-            s = self.substitution
-            out |= {f"CE {k}": f"{v:.4f}" for k, v in s.ce.items()}
-            out |= {f"top-1 {k}": f"{s.top1[k]:.1%}" for k in ("clean", "spliced")}
-            out["recovered"] = f"{s.recovered:.1%}"
+            out |= _columns(self.substitution, "")
+        for s in self.other_heads:
+            out |= _columns(s, f"{s.head}: ")
         return out
 
     def table(self) -> str:
         """Return the row as a Markdown table."""
         return markdown([self])
+
+
+def _substitution(data: Mapping[str, Any]) -> Substitution:
+    return Substitution(**{**data, "kinds": tuple(data["kinds"])})
+
+
+def _columns(s: Substitution, prefix: str) -> dict[str, str]:
+    """Columns of one head; ``error`` is left out, it equals ``clean`` or the wiring is wrong."""
+    out = {f"CE {k}": f"{v:.4f}" for k, v in s.ce.items() if k != "error"}
+    out |= {f"top-1 {k}": f"{s.top1[k]:.1%}" for k in ("clean", "spliced")}
+    out["recovered"] = f"{s.recovered:.1%}"
+    return {prefix + k: v for k, v in out.items()}
 
 
 def markdown(reports: list[Report]) -> str:

@@ -1,8 +1,10 @@
-"""Substitution loss: the model's own head with a site replaced by what a dictionary makes of it.
+"""Substitution loss: what heads say when a site is replaced by what a dictionary makes of it.
 
 For every image one clean pass gives the sites read; the dictionary's output for the token kinds in
 question then replaces the sites written, and the pass is run again. Zero and mean ablation replace
-the same tokens, so the three costs compare.
+the same tokens, so the costs compare. ``error`` replaces them by the dictionary's output plus its
+error on the clean pass (Marks et al. 2024, arXiv:2403.19647, section 2): the model must then do what
+it did, so that any difference is one of wiring or rounding. Heads: `dictlearn.heads`.
 
 Shapes: N images, T tokens of a site, t those replaced, d channels, C classes.
 """
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dictlearn.dictionary import Dictionary
+from dictlearn.heads import Head, model_heads
 from dictlearn.report import Substitution
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONDITIONS = ("clean", "spliced", "zero", "mean")
+CONDITIONS = ("clean", "spliced", "error", "zero", "mean")
 _IMAGES_AT_ONCE = 64
 
 
@@ -37,12 +40,13 @@ def substitute(
     store: Store,
     *,
     model: Any = True,
+    heads: Sequence[Head] | None = None,
     data: Any = None,
     kinds: Sequence[str],
     items: Split | np.ndarray | None = None,
     images: int | None = 1000,
-) -> Substitution:
-    """Cross-entropy, top-1 and KL: clean, spliced, zero-ablated, mean-ablated.
+) -> list[Substitution]:
+    """Cross-entropy, top-1 and KL under every condition, for every head from the same passes.
 
     Images are the first of the store's table, which is a random order of the data set unless it was
     harvested from a stream.
@@ -54,47 +58,74 @@ def substitute(
     """
     model = _model(store, model)
     infos = model.sites()
-    if "logits" not in infos:
-        raise ValueError(
-            f"{model.spec.id} has no classification head, so it has no loss to compare; evaluate "
-            "without model="
-        )
+    chosen_heads = list(model_heads(model) if heads is None else heads)
+    for head in chosen_heads:
+        if head.site not in infos:
+            raise ValueError(f"{head.name!r} reads {head.site!r}, which {model.spec.id} lacks")
     for site in dictionary.config.writes:
         if not infos[site].editable:
             raise ValueError(f"{site} of {model.spec.id} is read-only: {infos[site].reason}")
     dictionary.to(model.device)
     source = _source(store, data)
     rows = _rows(store, items, images)
-    labels = [row["label"] for row in rows]
-    classes = int(np.prod(infos["logits"].shape))
-    has_labels = all(v is not None and 0 <= v < classes for v in labels)
-    sums: dict[str, np.ndarray] = {c: np.zeros(3) for c in CONDITIONS}
     means = {s: _kind_means(store, s, kinds) for s in dictionary.config.writes}
+    tallies = [_Tally(head, [row["label"] for row in rows]) for head in chosen_heads]
     for start in range(0, len(rows), _IMAGES_AT_ONCE):
         chosen = rows[start : start + _IMAGES_AT_ONCE]
         x = torch.stack([_image(model, source, row["source"]) for row in chosen]).to(model.device)
         with torch.inference_mode():
-            logits = _conditions(dictionary, model, x, infos, kinds, means)
-            clean_NC = logits["clean"].log_softmax(-1)
-            target_N = clean_NC.argmax(-1)
-            if has_labels:
-                target_N = torch.tensor([r["label"] for r in chosen], device=model.device)
-            for name, value_NC in logits.items():
-                log_NC = value_NC.log_softmax(-1)
-                sums[name] += [
-                    float(F.nll_loss(log_NC, target_N, reduction="sum")),
-                    float((log_NC.argmax(-1) == target_N).sum()),
-                    float((clean_NC.exp() * (clean_NC - log_NC)).sum()),
-                ]
-    n = max(1, len(rows))
-    return Substitution(
-        images=len(rows),
-        target="labels" if has_labels else "clean prediction",
-        kinds=tuple(kinds),
-        ce={c: float(sums[c][0]) / n for c in CONDITIONS},
-        top1={c: float(sums[c][1]) / n for c in CONDITIONS},
-        kl={c: float(sums[c][2]) / n for c in CONDITIONS},
-    )
+            sites = list(dict.fromkeys(head.site for head in chosen_heads))
+            values = _conditions(dictionary, model, x, infos, kinds, means, sites)
+            for tally in tallies:
+                tally.add(values, infos, start)
+    return [tally.result(kinds) for tally in tallies]
+
+
+class _Tally:
+    """Sums of one head over the images."""
+
+    def __init__(self, head: Head, labels: Sequence[int | None]) -> None:
+        self.head, self.labels = head, labels
+        self.sums = {c: np.zeros(3) for c in CONDITIONS}
+        self.has_labels: bool | None = None
+
+    def add(
+        self,
+        values: Mapping[str, Mapping[str, Tensor]],
+        infos: Mapping[str, SiteInfo],
+        start: int,
+    ) -> None:
+        """Add a batch whose first image is number `start`; `values` by condition and site."""
+        site = self.head.site
+        log_p = {c: self.head(v[site], infos[site]).log_softmax(-1) for c, v in values.items()}
+        clean_NC = log_p["clean"]
+        if self.has_labels is None:
+            classes = clean_NC.shape[1]
+            self.has_labels = all(v is not None and 0 <= v < classes for v in self.labels)
+        target_N = clean_NC.argmax(-1)
+        if self.has_labels:
+            here = list(self.labels[start : start + len(clean_NC)])
+            target_N = torch.tensor(here, device=clean_NC.device)
+        for name, log_NC in log_p.items():
+            self.sums[name] += [
+                float(F.nll_loss(log_NC, target_N, reduction="sum")),
+                float((log_NC.argmax(-1) == target_N).sum()),
+                float((clean_NC.exp() * (clean_NC - log_NC)).sum()),
+            ]
+
+    def result(self, kinds: Sequence[str]) -> Substitution:
+        """Divide the sums."""
+        n = max(1, len(self.labels))
+        ce, top1, kl = ({c: float(self.sums[c][i]) / n for c in CONDITIONS} for i in range(3))
+        return Substitution(
+            images=len(self.labels),
+            target="labels" if self.has_labels else "clean prediction",
+            kinds=tuple(kinds),
+            head=self.head.name,
+            ce=ce,
+            top1=top1,
+            kl=kl,
+        )
 
 
 def _conditions(
@@ -104,16 +135,20 @@ def _conditions(
     infos: Mapping[str, SiteInfo],
     kinds: Sequence[str],
     means: Mapping[str, Mapping[str, Tensor]],
-) -> dict[str, Tensor]:
-    """Logits [N, C] of a batch under every condition, in float32."""
+    sites: Sequence[str],
+) -> dict[str, dict[str, Tensor]]:
+    """Values of `sites` for a batch under every condition."""
     config = dictionary.config
-    read = model.run(x, sites=[*config.reads, "logits"], stop_early=False)
-    logits = {"clean": read["logits"].float()}
-    taken = [_take(read[s], infos[s], kinds).float() for s in config.reads]
+    wanted = list(dict.fromkeys([*config.reads, *config.writes, *sites]))
+    clean = model.run(x, sites=wanted)
+    found = {"clean": {s: clean[s] for s in sites}}
+    taken = [_take(clean[s], infos[s], kinds).float() for s in config.reads]
     images, tokens = taken[0].shape[:2]
     x_Br = torch.cat([v.flatten(0, 1) for v in taken], dim=1)
     out = dictionary.split(dictionary.decode_entries(dictionary.encode_entries(x_Br), x_Br))
     spliced = {s: v.view(images, tokens, -1) for s, v in out.items()}
+    target = {s: _take(clean[s], infos[s], kinds).float() for s in config.writes}
+    error = {s: v + (target[s] - v) for s, v in spliced.items()}
     zero = {s: torch.zeros_like(v) for s, v in spliced.items()}
     mean = {
         s: torch.cat(
@@ -122,11 +157,11 @@ def _conditions(
         )
         for s, v in spliced.items()
     }
-    for name, new in (("spliced", spliced), ("zero", zero), ("mean", mean)):
+    for name, new in (("spliced", spliced), ("error", error), ("zero", zero), ("mean", mean)):
         edits = {s: _put(infos[s], kinds, v) for s, v in new.items()}
         with model.editing(edits):
-            logits[name] = model(x).float()
-    return logits
+            found[name] = dict(model.run(x, sites=list(sites)))
+    return found
 
 
 def _positions(info: SiteInfo, kind: str) -> Tensor:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _NO_REPORT = (
     "None was given when this was uploaded. Evaluate it on a store of the same model: "
-    "`dictlearn eval FOLDER STORE`."
+    "`dictlearn eval FOLDER --store STORE`."
 )
 
 
@@ -114,7 +114,7 @@ def _report(report: Report | None) -> str:
     if report.substitution is not None:
         s = report.substitution
         lines.append(
-            f"Substitution: {s.images} images, target {s.target}, kinds replaced: "
+            f"Substitution: {s.images} images, head {s.head}, target {s.target}, kinds replaced: "
             f"{', '.join(s.kinds)}."
         )
     return "\n".join(lines)

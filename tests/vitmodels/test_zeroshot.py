@@ -179,7 +179,7 @@ def test_a_store_of_the_tower_takes_the_head_for_its_loss(towers, tmp_path: Path
     loss = evaluate(dictionary, store, model=model, data=tmp_path / "images").substitution
     assert loss is not None
     assert loss.target == "labels"
-    assert set(loss.ce) == {"clean", "spliced", "zero", "mean"}
+    assert set(loss.ce) == {"clean", "spliced", "error", "zero", "mean"}
     assert 0 < loss.kl["zero"] < 2
     with pytest.raises(ValueError, match="no classification head"):
         evaluate(dictionary, store, model=image, data=tmp_path / "images")
