@@ -6,8 +6,8 @@
 
 The first command writes shuffled training tokens and held-out tokens of a store, in units of the
 mean channel variance. The second trains every contestant on the same batches in the same order, by
-its own initialisation, losses and constraints (`benchmarks.quality_contestants`), and appends a line
-for each run, so that it can be stopped and goes on where it was. The third makes the table.
+its own initialisation, losses and constraints (`benchmarks.quality_contestants`), and appends a
+line for each run, so that it can be stopped and goes on where it was. The third makes the table.
 
 The learning rate rises over 5 % of the steps and falls to 0 over the last 20 % for everyone, with
 Adam. L0 is made equal by the same rule for everyone: TopK keeps the k largest pre-activations of a
@@ -118,7 +118,9 @@ def measure(one: Contestant, kind: str, held: torch.Tensor) -> dict[str, Any]:
     return out
 
 
-def train(make: Make, setting: Setting, train_: torch.Tensor, seed: int) -> tuple[Contestant, float]:
+def train(
+    make: Make, setting: Setting, train_: torch.Tensor, seed: int
+) -> tuple[Contestant, float]:
     """Train one contestant; returns it and the seconds of CPU it took."""
     torch.manual_seed(seed)
     one = make(setting)
@@ -142,14 +144,11 @@ def table(lines: Iterable[str]) -> str:
         "| L0 by its own threshold | CPU s |\n|---|---|---|---|---|---|---|---|---|"
     ]
     for kind in kinds:
-        best = {}
+        best: dict[str, dict[float, list[Any]]] = {}
         for r in rows:
             if r["kind"] == kind:
                 best.setdefault(r["name"], {}).setdefault(r["lr"], []).append(r)
-        chosen = {
-            name: min(by_lr.values(), key=lambda rs: np.mean([r["fvu"] for r in rs]))
-            for name, by_lr in best.items()
-        }
+        chosen = {}
         # a rate tried with one seed only does not stand for three
         for name, by_lr in best.items():
             most = max(len(rs) for rs in by_lr.values())
@@ -195,7 +194,11 @@ def main() -> None:
     with np.load(args.data) as file:
         tokens, held = (torch.from_numpy(file[k]) for k in ("train", "validation"))
     width = tokens.shape[1]
-    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    done = (
+        [json.loads(line) for line in args.out.read_text().splitlines()]
+        if args.out.exists()
+        else []
+    )
     keys = ("kind", "name", "seed", "lr", "steps", "batch")
     for seed in args.seeds:
         for (kind, name), make in CONTESTANTS.items():

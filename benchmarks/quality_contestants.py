@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from benchmarks.quality import K, Contestant, Make, Setting
+from benchmarks.quality import Contestant, K, Make, Setting
 
 
 def ours(kind: str) -> Make:

@@ -146,15 +146,16 @@ class _Tally:
         self.kind_T = torch.full((n_tokens,), -1, dtype=torch.long, device=device)
         for i, spec in enumerate(specs):
             self.kind_T[spec.first : spec.first + spec.tokens] = i
-        k = len(kinds)
         f64 = torch.float64
         self.shift_w = torch.cat([_mean(store, s, kinds) for s in c.writes]).to(device)
         self.l0_T = torch.zeros(n_tokens, dtype=f64, device=device)
         self.count_T = torch.zeros(n_tokens, dtype=torch.long, device=device)
-        self.error_kw = torch.zeros(k, c.d_write, dtype=f64, device=device)
-        self.square_kw = torch.zeros(k, c.d_write, dtype=f64, device=device)
-        self.sum_kw = torch.zeros(k, c.d_write, dtype=f64, device=device)
-        self.cosine = 0.0
+        self.sum_Tw = torch.zeros(n_tokens, c.d_write, dtype=f64, device=device)
+        by_site = (n_tokens, len(c.writes))
+        self.square_TS = torch.zeros(by_site, dtype=f64, device=device)
+        self.error_TS = torch.zeros(by_site, dtype=f64, device=device)
+        self.cosine_TS = torch.zeros(by_site, dtype=f64, device=device)
+        self.cosine_T = torch.zeros(n_tokens, dtype=f64, device=device)
         self.fired_F = torch.zeros(c.latents, dtype=torch.long, device=device)
         self.tokens = 0
 
@@ -178,61 +179,68 @@ class _Tally:
         self.fired_F += torch.bincount(entries.latent[active_N], minlength=d.latents)
         self.l0_T.index_add_(0, token_B, l0_B.double())
         self.count_T += torch.bincount(token_B, minlength=len(self.count_T))
-        kind_B = self.kind_T[token_B]
         centred_Bw = t_Bw - self.shift_w
-        error_Bw = y_Bw - t_Bw
-        for k in range(len(self.kinds)):
-            mask_B = kind_B == k
-            if len(self.kinds) > 1:
-                centred, error = centred_Bw[mask_B], error_Bw[mask_B]
-            else:
-                centred, error = centred_Bw, error_Bw
-            self.sum_kw[k] += centred.sum(0, dtype=torch.float64)
-            self.square_kw[k] += centred.square().sum(0, dtype=torch.float64)
-            self.error_kw[k] += error.square().sum(0, dtype=torch.float64)
+        square_BS, error_BS, cosine_BS = [], [], []
+        for x, e, y, t in zip(
+            *(d.split(v).values() for v in (centred_Bw, y_Bw - t_Bw, y_Bw, t_Bw)), strict=True
+        ):
+            square_BS.append(x.square().sum(1, dtype=torch.float64))
+            error_BS.append(e.square().sum(1, dtype=torch.float64))
+            cosine_BS.append(torch.nn.functional.cosine_similarity(y, t, dim=1).double())
+        self.sum_Tw.index_add_(0, token_B, centred_Bw.double())
+        self.square_TS.index_add_(0, token_B, torch.stack(square_BS, 1))
+        self.error_TS.index_add_(0, token_B, torch.stack(error_BS, 1))
+        self.cosine_TS.index_add_(0, token_B, torch.stack(cosine_BS, 1))
         cosine_B = torch.nn.functional.cosine_similarity(y_Bw, t_Bw, dim=1)
-        self.cosine += float(cosine_B.sum(dtype=torch.float64))
+        self.cosine_T.index_add_(0, token_B, cosine_B.double())
+
+    def _fvu(self, mask_T: Tensor, site: str | None = None) -> float:
+        """FVU of some positions about their common mean, over all sites or one."""
+        writes = self.dictionary.config.writes
+        sum_w = self.sum_Tw[mask_T].sum(0)
+        sites = list(writes) if site is None else [site]
+        cut = [list(writes).index(s) for s in sites]
+        parts = dict(zip(writes, torch.split(sum_w, list(writes.values())), strict=True))
+        count = self.count_T[mask_T].sum().clamp(min=1)
+        spread = self.square_TS[mask_T][:, cut].sum()
+        for s in sites:
+            spread = spread - parts[s].square().sum() / count
+        return _ratio(self.error_TS[mask_T][:, cut].sum(), spread)
+
+    def _mean(self, value_T: Tensor, mask_T: Tensor) -> float:
+        return float(value_T[mask_T].sum()) / max(1, int(self.count_T[mask_T].sum()))
 
     def report(self, **more: Any) -> Report:
         """Divide the sums."""
         c, n = self.dictionary.config, max(1, self.tokens)
-        valid_T = self.count_T > 0
-        count_k = torch.stack(
-            [self.count_T[self.kind_T == k].sum() for k in range(len(self.kinds))]
-        )
-        l0_k = torch.stack([self.l0_T[self.kind_T == k].sum() for k in range(len(self.kinds))])
-        variance_kw = self.square_kw - self.sum_kw.square() / count_k.clamp(min=1)[:, None]
-        variance_w = self.square_kw.sum(0) - self.sum_kw.sum(0).square() / n
-        error_w = self.error_kw.sum(0)
-        by_site, at = {}, 0
-        for site, width in c.writes.items():
-            cut = slice(at, at + width)
-            by_site[site] = _ratio(error_w[cut].sum(), variance_w[cut].sum())
-            at += width
+        every_T = self.count_T > 0
+        kind_T = {kind: every_T & (self.kind_T == i) for i, kind in enumerate(self.kinds)}
+        numbers = torch.arange(len(every_T), device=every_T.device)
+        position_T = {t: numbers == t for t in every_T.nonzero().flatten().tolist()}
         rate_F = (self.fired_F.double() / n).cpu().numpy()
         with np.errstate(divide="ignore"):
             log_F = np.where(rate_F > 0, np.log10(rate_F), -np.inf)
         histogram = np.histogram(np.clip(log_F, -99, 0), bins=[-100, *DENSITY_EDGES])[0]
-        positions = valid_T.nonzero().flatten().tolist()
         return Report(
             store=self.store.fingerprint,
             reads=tuple(c.reads),
             writes=tuple(c.writes),
             latents=c.latents,
             tokens=self.tokens,
-            l0=float(self.l0_T.sum()) / n,
-            l0_by_kind={
-                kind: float(l0_k[i]) / max(1, int(count_k[i])) for i, kind in enumerate(self.kinds)
+            l0=self._mean(self.l0_T, every_T),
+            l0_by_kind={k: self._mean(self.l0_T, m) for k, m in kind_T.items()},
+            l0_by_position={t: self._mean(self.l0_T, m) for t, m in position_T.items()},
+            fvu=self._fvu(every_T),
+            fvu_by_kind={k: self._fvu(m) for k, m in kind_T.items()},
+            fvu_by_position={t: self._fvu(m) for t, m in position_T.items()},
+            fvu_by_site={s: self._fvu(every_T, s) for s in c.writes},
+            cosine=self._mean(self.cosine_T, every_T),
+            cosine_by_kind={k: self._mean(self.cosine_T, m) for k, m in kind_T.items()},
+            cosine_by_position={t: self._mean(self.cosine_T, m) for t, m in position_T.items()},
+            cosine_by_site={
+                s: self._mean(self.cosine_TS[:, i], every_T) for i, s in enumerate(c.writes)
             },
-            l0_by_position={t: float(self.l0_T[t]) / int(self.count_T[t]) for t in positions},
-            fvu=_ratio(error_w.sum(), variance_w.sum()),
-            fvu_by_kind={
-                kind: _ratio(self.error_kw[i].sum(), variance_kw[i].sum())
-                for i, kind in enumerate(self.kinds)
-            },
-            fvu_by_site=by_site,
-            cosine=self.cosine / n,
-            mse=float(error_w.sum()) / (n * c.d_write),
+            mse=float(self.error_TS.sum()) / (n * c.d_write),
             dead=float((self.fired_F == 0).double().mean()),
             dense=float((rate_F > 0.1).mean()),
             density=tuple(int(v) for v in histogram),

@@ -148,9 +148,7 @@ def labels(store: Store, positions: Int[np.ndarray, " n"]) -> Int[np.ndarray, " 
         Some of the items have none.
     """
     table = store.table()
-    by_position = dict(
-        zip(table["position"].to_pylist(), table["label"].to_pylist(), strict=True)
-    )
+    by_position = dict(zip(table["position"].to_pylist(), table["label"].to_pylist(), strict=True))
     found = [by_position[int(p)] for p in positions]
     missing = sum(v is None or v < 0 for v in found)
     if missing:

@@ -80,6 +80,14 @@ class Report:
     """Share of latents that fired on more than a tenth of the tokens."""
     density: tuple[int, ...]
     """Latents by log10 of the firing rate between `DENSITY_EDGES`; rarer or never comes first."""
+    fvu_by_position: Mapping[int, float] = field(default_factory=dict)
+    """FVU by token number, each about the mean at that position; nan where nothing varies."""
+    cosine_by_kind: Mapping[str, float] = field(default_factory=dict)
+    """Cosine by token kind."""
+    cosine_by_position: Mapping[int, float] = field(default_factory=dict)
+    """Cosine by token number."""
+    cosine_by_site: Mapping[str, float] = field(default_factory=dict)
+    """Cosine of the part of each site written."""
     substitution: Substitution | None = None
     """Effect on the model, when it was evaluated, by the first head."""
     other_heads: tuple[Substitution, ...] = ()
@@ -102,10 +110,11 @@ class Report:
         fields = dict(data)
         for name in ("reads", "writes", "density"):
             fields[name] = tuple(fields[name])
-        fields["l0_by_position"] = {int(k): v for k, v in fields["l0_by_position"].items()}
-        fields["fvu_by_kind"] = {
-            k: math.nan if v is None else v for k, v in fields["fvu_by_kind"].items()
-        }
+        for name in ("l0_by_position", "fvu_by_position", "cosine_by_position"):
+            fields[name] = {int(k): _nan(v) for k, v in fields.get(name, {}).items()}
+        for name in ("fvu_by_kind", "fvu_by_site", "cosine_by_kind", "cosine_by_site"):
+            fields[name] = {k: _nan(v) for k, v in fields.get(name, {}).items()}
+        fields["fvu"] = _nan(fields["fvu"])
         if fields.get("substitution"):
             fields["substitution"] = _substitution(fields["substitution"])
         others = fields.get("other_heads", ())
@@ -156,6 +165,10 @@ def markdown(reports: list[Report]) -> str:
     for name, row in zip(names, rows, strict=True):
         lines.append("| " + " | ".join([name, *(row.get(c, "") for c in columns)]) + " |")
     return "\n".join(lines)
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _finite(value: Any) -> Any:

@@ -3,8 +3,8 @@
 For every image one clean pass gives the sites read; the dictionary's output for the token kinds in
 question then replaces the sites written, and the pass is run again. Zero and mean ablation replace
 the same tokens, so the costs compare. ``error`` replaces them by the dictionary's output plus its
-error on the clean pass (Marks et al. 2024, arXiv:2403.19647, section 2): the model must then do what
-it did, so that any difference is one of wiring or rounding. Heads: `dictlearn.heads`.
+error on the clean pass (Marks et al. 2024, arXiv:2403.19647, section 2): the model must then do
+what it did, so that any difference is one of wiring or rounding. Heads: `dictlearn.heads`.
 
 Shapes: N images, T tokens of a site, t those replaced, d channels, C classes.
 """
@@ -201,18 +201,55 @@ def _kind_means(store: Store, site: str, kinds: Sequence[str]) -> dict[str, Tens
     return {k: torch.from_numpy(store.stats(site, k).mean).float() for k in kinds}
 
 
+def store_model(
+    store: Store, weights: str | None = None, classes: Sequence[str] | None = None
+) -> Any:
+    """Load the model of a store's manifest at the input size it was harvested with.
+
+    Parameters
+    ----------
+    store
+        Harvested from a model.
+    weights
+        Local file of its weights.
+    classes
+        Class names: a zero-shot classifier over them behind an image tower of open_clip.
+
+    Raises
+    ------
+    ValueError
+        The store was not harvested from a model, or what loads is another one.
+    """
+    from actstore.verify import check_model
+
+    described = store.manifest.model
+    if described is None:
+        raise ValueError(
+            f"{store.url} was not harvested from a model, so none can be loaded; pass model="
+        )
+    import vitmodels
+    from vitmodels.zeroshot import load_zero_shot
+
+    options: dict[str, Any] = {"weights": weights}
+
+    def load(**more: Any) -> Any:
+        if classes is None:
+            return vitmodels.load(str(described["id"]), **options, **more)
+        return load_zero_shot(str(described["id"]), classes, **options, **more)
+
+    model = load()
+    shape = tuple(described["input_shape"])
+    if tuple(model.spec.input_shape) != shape and len(shape) == 3:
+        model = load(img_size=shape[-1])
+    check_model(store, model)
+    return model
+
+
 def _model(store: Store, model: Any) -> Any:
     from actstore.verify import check_model
 
     if model is True:
-        described = store.manifest.model
-        if described is None:
-            raise ValueError(
-                f"{store.url} was not harvested from a model, so none can be loaded; pass model="
-            )
-        import vitmodels
-
-        model = vitmodels.load(str(described["id"]))
+        return store_model(store)
     check_model(store, model)
     return model
 
