@@ -9,10 +9,26 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["activation_patching"]
+__all__ = [
+    "ablate",
+    "activation_patching",
+    "attribution_patching",
+    "patch_paths",
+]
 
 _WHERE = {
+    "ablate": "dictlearn.circuits.ablation",
     "activation_patching": "dictlearn.circuits.patching",
+    "agreement": "dictlearn.circuits.patching",
+    "attribution_patching": "dictlearn.circuits.attribution",
+    "clamp": "dictlearn.circuits.steering",
+    "fit_probe": "dictlearn.circuits.heads",
+    "integrated_gradients": "dictlearn.circuits.attribution",
+    "load_for": "dictlearn.circuits.steering",
+    "patch_paths": "dictlearn.circuits.path_patching",
+    "recovered": "dictlearn.circuits.patching",
+    "steer": "dictlearn.circuits.steering",
+    "with_probe": "dictlearn.circuits.heads",
 }
 
 

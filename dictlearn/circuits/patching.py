@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
 import xarray as xr
 from torch import Tensor
@@ -165,7 +164,7 @@ def recovered(result: xr.Dataset) -> xr.Dataset:
             f"the clean and the corrupted run have the same metric ({clean:.4g}): choose another "
             "pair of inputs or another metric"
         )
-    share = (result - corrupted) / (clean - corrupted)
+    share: xr.Dataset = (result - corrupted) / (clean - corrupted)
     return share.assign_attrs(result.attrs | {"clean": 1.0, "corrupted": 0.0})
 
 
@@ -190,12 +189,18 @@ def agreement(exact: xr.Dataset, approximate: xr.Dataset) -> xr.Dataset:
         both = list(pairs.values())
         pairs["all"] = (np.concatenate([a for a, _ in both]), np.concatenate([b for _, b in both]))
     pearson = [_correlation(a, b) for a, b in pairs.values()]
-    ranks = [(pd.Series(a).rank().values, pd.Series(b).rank().values) for a, b in pairs.values()]
-    spearman = [_correlation(np.asarray(a), np.asarray(b)) for a, b in ranks]
+    spearman = [_correlation(_ranks(a), _ranks(b)) for a, b in pairs.values()]
     return xr.Dataset(
         {"pearson": ("part", pearson), "spearman": ("part", spearman)},
         coords={"part": list(pairs), "cells": ("part", [len(a) for a, _ in pairs.values()])},
     )
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0; ties share the mean of theirs."""
+    _, which, count = np.unique(values, return_inverse=True, return_counts=True)
+    mean: np.ndarray = np.cumsum(count) - (count + 1) / 2
+    return mean[which]
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -48,6 +48,11 @@ def repeated(x: Batch, times: int) -> Batch:
     return x.repeat(times, *[1] * (x.dim() - 1))
 
 
+def copies_of(value: Tensor, count: int) -> Tensor:
+    """View ``[K * B, ...]`` as ``[K, B, ...]``."""
+    return value.view(count, len(value) // count, *value.shape[1:])
+
+
 @contextmanager
 def rewriting(model: VisionModel, site: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Change a site's value to one with any number of rows (`editing` keeps their number).
@@ -164,7 +169,7 @@ def place_edits(
         cells = [(k, place.index(infos[site].axes)) for k, place in mine]
 
         def edit(value: Tensor) -> Tensor:
-            rows = value.unflatten(0, (count, -1))
+            rows = copies_of(value, count)
             for k, index in cells:
                 rows[k][index] = new[index]
             return value
@@ -214,7 +219,7 @@ def run_places(
             chosen = [place for _, place in chunk]
             edits = place_edits(chosen, source, infos)
             with stacked(model, x, len(chosen), chosen[0].site, edits) as batch:
-                logits = model(batch).unflatten(0, (len(chosen), items))
+                logits = copies_of(model(batch), len(chosen))
             for (number, _), logits_BC in zip(chunk, logits, strict=True):
                 result[number] = values_of(metric, logits_BC)
     return torch.stack([value for value in result if value is not None])
