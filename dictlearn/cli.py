@@ -1,4 +1,4 @@
-"""The command ``dictlearn``: train, eval, sparsity, and what `dictlearn.formats.commands` adds."""
+"""The command ``dictlearn`` and its subcommands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from dictlearn.eval_command import Eval, eval_with_progress
 from dictlearn.schedule import TrainConfig
+from dictlearn.sweepcli import Sweep, sweep_with_progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,38 +51,12 @@ class Train:
     store and --out are then ignored."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    log_to: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Trackers besides log.jsonl and TensorBoard; each is an extra of its name."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=TrainConfig
     )
     """How to train."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval:
-    """Evaluate dictionaries on a store; several give a table to compare."""
-
-    dictionaries: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of dictionaries, or of runs (every dictionary in them)."""
-    store: str
-    """The store."""
-    tokens: str | None = None
-    """Token kinds; those each dictionary was trained on by default."""
-    held_out: bool = True
-    """Only items its training held out, where it held out any."""
-    model: bool = False
-    """Also measure the substitution loss with the model the store names."""
-    weights: str | None = None
-    """Local weights of that model."""
-    data: str | None = None
-    """The images, if they moved since the harvest."""
-    images: int = 1000
-    """Images of the substitution loss."""
-    limit: int | None = None
-    """Stop after about so many tokens."""
-    out: Path | None = None
-    """Write the reports here as JSON."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,11 +76,13 @@ class SparsityOf:
 
 
 def _handlers() -> dict[type, Callable[[Any], int]]:
-    from dictlearn import commands
+    from dictlearn import commands, view
 
     return {
+        view.View: view.view,
+        Sweep: sweep_with_progress,
         Train: commands.train_with_progress,
-        Eval: commands.eval_with_progress,
+        Eval: eval_with_progress,
         SparsityOf: commands.print_sparsity,
     }
 
@@ -112,11 +90,14 @@ def _handlers() -> dict[type, Callable[[Any], int]]:
 def subcommands() -> dict[str, Callable[..., Any]]:
     """Return every subcommand by name."""
     from dictlearn.formats.commands import convert, pretrained
+    from dictlearn.view import View
 
     return {
         "train": Train,
+        "sweep": Sweep,
         "eval": Eval,
         "sparsity": SparsityOf,
+        "view": View,
         "convert": convert,
         "pretrained": pretrained,
     }

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from dictlearn.config import DictionaryConfig, Matryoshka, Sparsify, sparsify_from_json
 from dictlearn.dictionary import Dictionary
-from dictlearn.report import Report, markdown
 from dictlearn.runfile import default_names
 from dictlearn.schedule import TrainConfig
 from dictlearn.trainer import TrainEvent, train
 
 if TYPE_CHECKING:
     from actstore.store import Store
-    from dictlearn.cli import Eval, SparsityOf, Train
+    from dictlearn.cli import SparsityOf, Train
 
 
-def _progress(console: Console) -> Progress:
+def progress_bars(console: Console) -> Progress:
+    """Return the bars of a command, each with a note."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -35,10 +41,33 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """Return the device an option names; ``auto`` takes the best there is."""
     from actstore.harvester import choose_device
 
     return choose_device(name)
+
+
+def shown_by(progress: Progress, bar: TaskID) -> Callable[[TrainEvent], None]:
+    """Return a callback that draws the events of a training run."""
+
+    def show(event: TrainEvent) -> None:
+        if event.message:
+            progress.console.print(event.message)
+        note = ""
+        if event.kind == "log" and event.metrics:
+            worst = max(m["fvu"] for m in event.metrics.values())
+            l0 = sum(m["l0"] for m in event.metrics.values()) / len(event.metrics)
+            dead = sum(m["dead"] for m in event.metrics.values()) / len(event.metrics)
+            note = (
+                f"FVU <= {worst:.4f}  L0 {l0:.1f}  dead {dead:.1%}  "
+                f"{event.tokens_per_second:,.0f} tokens/s  waiting {event.data_wait:.1%}"
+            )
+            progress.update(bar, completed=event.step, note=note)
+        else:
+            progress.update(bar, completed=event.step)
+
+    return show
 
 
 def train_with_progress(config: Train) -> int:
@@ -46,30 +75,15 @@ def train_with_progress(config: Train) -> int:
     import actstore
     from dictlearn.distributed import Ranks, start_from_environment
 
-    device = _device(config.device)
+    device = device_of(config.device)
     start_from_environment(device)
     console = Console(quiet=bool(Ranks.current().rank))
     store = actstore.open(config.store)
     dictionaries, configs, names = plan(config, store)
     for name, d in zip(names, dictionaries, strict=True):
         console.print(f"{name}: {d.config.d_read} -> {d.latents} latents, {d.config.sparsify}")
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         bar = progress.add_task("train", total=configs[0].steps, note="")
-
-        def show(event: TrainEvent) -> None:
-            if event.message:
-                progress.console.print(event.message)
-            note = ""
-            if event.kind == "log" and event.metrics:
-                worst = max(m["fvu"] for m in event.metrics.values())
-                l0 = sum(m["l0"] for m in event.metrics.values()) / len(event.metrics)
-                note = (
-                    f"FVU <= {worst:.4f}  L0 {l0:.1f}  {event.tokens_per_second:,.0f} tokens/s  "
-                    f"waiting {event.data_wait:.1%}"
-                )
-                progress.update(bar, completed=event.step, note=note)
-            else:
-                progress.update(bar, completed=event.step)
 
         done = train(
             store,
@@ -78,7 +92,8 @@ def train_with_progress(config: Train) -> int:
             out=config.out,
             names=names,
             device=device,
-            on_event=show,
+            on_event=shown_by(progress, bar),
+            log_to=config.log_to,
         )
     table = Table("dictionary", "L0", "FVU", "dead", "where")
     for one in done:
@@ -154,90 +169,6 @@ def _from_run(path: Path) -> tuple[list[Dictionary], list[TrainConfig], list[str
 
 def _width(store: Store, site: str) -> int:
     return store.spec(site, store.kinds(site)[0]).channels
-
-
-def _folders(paths: Sequence[Path]) -> list[Path]:
-    found = []
-    for path in paths:
-        inner = sorted(p.parent for p in path.glob("*/config.json"))
-        if (path / "run.json").is_file() and inner:
-            found += inner
-        elif path.exists():
-            found.append(path)
-        else:
-            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")])
-            hint = f"; nearest in {path.parent}: {', '.join(near)}" if near else ""
-            raise FileNotFoundError(f"no dictionary at {path}{hint}")
-    return found
-
-
-def eval_with_progress(config: Eval) -> int:
-    """Run ``dictlearn eval``."""
-    import actstore
-    from dictlearn.evaluation import evaluate
-    from dictlearn.formats import load
-
-    console = Console()
-    store = actstore.open(config.store)
-    model: Any = None
-    if config.model:
-        import vitmodels
-
-        described = store.manifest.model
-        if described is None:
-            raise ValueError(f"{store.url} was not harvested from a model; leave --model out")
-        model = vitmodels.load(described["id"], weights=config.weights)
-    reports: list[Report] = []
-    with _progress(console) as progress:
-        for folder in _folders(config.dictionaries):
-            about = _about(folder)
-            bar = progress.add_task(folder.name, total=None, note="")
-
-            def show(done: int, total: int, bar: Any = bar) -> None:
-                progress.update(bar, completed=done, total=total)
-
-            trained_on = about.get("tokens")
-            tokens = config.tokens or (",".join(trained_on) if trained_on else None)
-            reports.append(
-                evaluate(
-                    load(folder),
-                    store,
-                    tokens=tokens,
-                    items=_held_out(about, store) if config.held_out else None,
-                    limit=config.limit,
-                    model=model,
-                    data=config.data,
-                    images=config.images,
-                    device=_device(config.device),
-                    about={"name": folder.name, "path": str(folder)},
-                    on_event=show,
-                )
-            )
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps([r.to_json() for r in reports], indent=1)
-        config.out.write_text(text + "\n")
-    console.print(markdown(reports), markup=False, highlight=False, soft_wrap=True)
-    return 0
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    """Return what a native dictionary says of its training; nothing for other formats."""
-    file = folder / "config.json"
-    if not file.is_file():
-        return {}
-    config = json.loads(file.read_text())
-    about = config.get("about") if config.get("format") == "dictlearn" else None
-    return dict(about or {})
-
-
-def _held_out(about: dict[str, Any], store: Store) -> Any:
-    from actstore.selection import Split
-
-    trained = about.get("train") or {}
-    if not trained.get("holdout") or about.get("store") != store.fingerprint:
-        return None
-    return Split(half="validation", holdout=trained["holdout"], seed=trained["split_seed"])
 
 
 def print_sparsity(config: SparsityOf) -> int:

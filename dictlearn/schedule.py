@@ -69,6 +69,9 @@ class TrainConfig:
     """Steps between resamplings of dead latents; 0 for none."""
     resample_until: float = 0.5
     """Share of the run after which nothing is resampled any more."""
+    threshold_batches: int = 16
+    """Batches, after the last step, over which the inference threshold of BatchTopK is set anew
+    with the final weights; 0 keeps the running mean of the training."""
     validate_every: int = 0
     """Steps between measurements of the FVU on the held-out items; needs `holdout`; 0 for none."""
     validation_batches: int = 8
@@ -121,6 +124,7 @@ class TrainConfig:
             ("resample_until", 0, 1),
             ("validate_every", 0, math.inf),
             ("validation_batches", 1, math.inf),
+            ("threshold_batches", 0, math.inf),
             ("patience", 0, math.inf),
         ):
             value = getattr(self, name)
@@ -203,6 +207,7 @@ _OF_THE_DATA = (
     "split_seed",
     "normalize",
     "validate_every",
+    "threshold_batches",
     "streams",
 )
 

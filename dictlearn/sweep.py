@@ -8,8 +8,9 @@ are written as ``results.parquet``, ``results.md`` and ``pareto.png``.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ import pyarrow.parquet as pq
 import torch
 
 from actstore.selection import Split
-from dictlearn.config import Matryoshka, Sparsify
+from dictlearn.config import DictionaryConfig, Input, Matryoshka, Sparsify
 from dictlearn.dictionary import Dictionary
+from dictlearn.distributed import Ranks
 from dictlearn.evaluation import evaluate
 from dictlearn.report import Report
 from dictlearn.schedule import TrainConfig
@@ -57,13 +59,27 @@ class Candidate:
         wiring = "+".join(reads) if reads == writes else f"{'+'.join(reads)}-to-{'+'.join(writes)}"
         if len(wiring) > 80:
             wiring = f"{reads[0]}..{writes[-1]}-{len(set(reads + writes))}-sites"
-        s: Any = self.sparsify
-        size = next(f"{n}{getattr(s, n):g}" for n in ("k", "l0", "l1") if getattr(s, n, None))
-        parts = [wiring, type(s).__name__, size, f"F{self.latents}"]
+        parts = [wiring, type(self.sparsify).__name__, *_settings(self.sparsify)]
+        parts += [f"F{self.latents}"]
         parts += ["skip"] if self.skip else []
-        parts += ["matryoshka"] if self.matryoshka else []
+        if self.matryoshka:
+            parts += ["matryoshka" + ".".join(map(str, self.matryoshka.prefixes))]
         parts += [f"lr{self.lr:g}"] if self.lr else []
         return "-".join([*parts, f"s{self.seed}"])
+
+    def config(self) -> DictionaryConfig:
+        """Return the description of the dictionary; refuses what does not fit."""
+        writes = self.reads if self.writes is None else self.writes
+        same = list(self.reads.items()) == list(writes.items())
+        return DictionaryConfig(
+            reads=dict(self.reads),
+            writes=dict(writes),
+            latents=self.latents,
+            sparsify=self.sparsify,
+            skip=self.skip,
+            input=Input(center="b_dec" if same else "b_in"),
+            matryoshka=self.matryoshka,
+        )
 
     def build(self) -> Dictionary:
         """Return the dictionary, untrained."""
@@ -76,6 +92,18 @@ class Candidate:
             matryoshka=self.matryoshka,
             seed=self.seed,
         )
+
+
+def _settings(sparsify: Sparsify) -> list[str]:
+    """Words for a folder name: what sets the sparsity, then every field that is not the default."""
+    values = {f.name: getattr(sparsify, f.name) for f in fields(sparsify)}
+    main = next(name for name in ("k", "l0", "l1") if values.get(name) is not None)
+    others = [f for f in fields(sparsify) if f.name != main and values[f.name] != f.default]
+    return [f"{name}{_short(values[name])}" for name in (main, *(f.name for f in others))]
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def grid(
@@ -113,6 +141,8 @@ def sweep(
     limit: int | None = 200_000,
     device: str | torch.device = "cpu",
     on_event: Callable[[TrainEvent], None] | None = None,
+    workers: int = 1,
+    log_to: Sequence[str] = (),
 ) -> pa.Table:
     """Train all candidates in one pass, evaluate each, write the tables; returns the results.
 
@@ -134,8 +164,14 @@ def sweep(
         Where to train.
     on_event
         Called with progress.
+    workers
+        Threads that share the dictionaries; see `train`.
+    log_to
+        Trackers; see `train`.
     """
-    folder = Path(out)
+    folder, ranks = Path(out), Ranks.current()
+    if not candidates:
+        raise ValueError("a sweep needs at least one candidate")
     names = [c.name for c in candidates]
     if doubles := {n for n in names if names.count(n) > 1}:
         raise ValueError(f"candidates must differ, these are there twice: {sorted(doubles)}")
@@ -148,27 +184,43 @@ def sweep(
         names=names,
         device=device,
         on_event=on_event,
+        workers=workers,
+        log_to=log_to,
     )
+    if ranks.rank:
+        shared: pa.Table = ranks.same(None)
+        return shared
     half = Split(half="validation", holdout=config.holdout, seed=config.split_seed)
-    reports = [
-        None
-        if one.failed
-        else evaluate(
-            one.dictionary,
-            store,
-            tokens=config.tokens,
-            items=half if config.holdout else None,
-            limit=limit,
-            model=model,
-            images=images,
-            device=device,
-            about={"name": one.name},
-        )
-        for one in done
-    ]
+    options: dict[str, Any] = {
+        "tokens": config.tokens,
+        "items": half if config.holdout else None,
+        "limit": limit,
+        "model": model,
+        "images": images,
+        "device": device,
+    }
+    reports = [None if one.failed else _report(one, store, options) for one in done]
     table = results(candidates, done, reports)
     write_results(table, folder)
+    ranks.same(table)
     return table
+
+
+def _report(one: Trained, store: Store, options: Mapping[str, Any]) -> Report:
+    """Evaluate a dictionary, or read what was found before the sweep was interrupted."""
+    asked = {k: repr(options[k]) for k in ("tokens", "items", "limit", "images")}
+    asked["model"] = str(getattr(getattr(options["model"], "spec", None), "id", options["model"]))
+    file = Path(one.path or "") / "report.json"
+    if file.is_file():
+        there: dict[str, Any] = json.loads(file.read_text())
+        if there["store"] == store.fingerprint and there["about"].get("asked") == asked:
+            return Report.from_json(there)
+    about = {"name": one.name, "asked": asked}
+    report = evaluate(one.dictionary, store, about=about, **options)
+    temporary = file.with_suffix(".tmp")
+    report.save(temporary)
+    temporary.replace(file)
+    return report
 
 
 def results(

@@ -25,17 +25,19 @@ from actstore.selection import Split
 from dictlearn import checkpoint, runfile
 from dictlearn.dictionary import Dictionary
 from dictlearn.distributed import Ranks
+from dictlearn.endings import set_thresholds, squared_errors
 from dictlearn.formats.native import save
 from dictlearn.gemm import Backend, choose_backend
 from dictlearn.kernels import StepResult
 from dictlearn.learner import Learner
 from dictlearn.progress import Trained as Trained
 from dictlearn.progress import TrainEvent as TrainEvent
-from dictlearn.runlog import RunLog
+from dictlearn.runlog import RunLog, check_trackers
 from dictlearn.scaling import check_sites, describe, factor_row, init_from, site_scales
 from dictlearn.scaling import factors as factors_of
 from dictlearn.schedule import TrainConfig, check_agree
 from dictlearn.starts import start_from_data
+from dictlearn.team import Team, check_workers, threads_each
 
 if TYPE_CHECKING:
     from actstore.batching import Batch
@@ -53,6 +55,8 @@ def train(
     names: Sequence[str] | None = None,
     device: str | torch.device = "cpu",
     on_event: Callable[[TrainEvent], None] | None = None,
+    workers: int = 1,
+    log_to: Sequence[str] = (),
 ) -> list[Trained]:
     """Train every dictionary on the same batches, read once.
 
@@ -77,6 +81,11 @@ def train(
         Where to train.
     on_event
         Called with progress.
+    workers
+        Threads that share the dictionaries, each with its share of the cores (`dictlearn.team`);
+        for several dictionaries on a CPU, in one process.
+    log_to
+        ``wandb``, ``trackio``: besides ``log.jsonl`` and ``tensorboard/``; needs `out`.
 
     Raises
     ------
@@ -96,6 +105,8 @@ def train(
     check_agree(configs, len(several))
     for dictionary in several:
         check_sites(dictionary, store)
+    check_workers(workers, torch.device(device), Ranks.current().world)
+    check_trackers(log_to, out)
     run = _Run(
         store,
         several,
@@ -104,6 +115,8 @@ def train(
         Path(out) if out is not None else None,
         torch.device(device),
         on_event or (lambda event: None),
+        workers,
+        log_to,
     )
     return run()
 
@@ -120,10 +133,13 @@ class _Run:
         out: Path | None,
         device: torch.device,
         on_event: Callable[[TrainEvent], None],
+        workers: int = 1,
+        log_to: Sequence[str] = (),
     ) -> None:
         if len(set(names)) != len(dictionaries) or any("/" in n or not n for n in names):
             raise ValueError(f"expected {len(dictionaries)} different folder names, got {names}")
         self.store, self.out, self.on_event, self.device = store, out, on_event, device
+        self.workers, self.log_to = min(workers, len(dictionaries)), log_to
         self.config, self.configs, self.names = configs[0], configs, names
         self.ranks = Ranks.current()
         self.dictionaries = dictionaries
@@ -180,14 +196,14 @@ class _Run:
         if self.out is None or self.ranks.rank:
             self._loop(start, None)
         else:
-            with RunLog(self.out, start) as runlog:
+            with RunLog(self.out, start, self.log_to, self._asked) as runlog:
                 self._loop(start, runlog)
         return self._finish()
 
     # ---- what the run is ---------------------------------------------------------------------
     def _decide(self) -> dict[str, Any]:
         """Compare with, or write, ``run.json``; return it."""
-        asked = {
+        self._asked = asked = {
             "store": self.store.fingerprint,
             "dictionaries": {
                 n: d.config.to_json() for n, d in zip(self.names, self.dictionaries, strict=True)
@@ -205,7 +221,7 @@ class _Run:
             **asked,
             "sites": describe(self.scales),
             "backends": [self._backend(d, c) for d, c in pairs],
-            "threads": torch.get_num_threads(),
+            "threads": threads_each(self.workers),
         }
         decided = self.ranks.same(decided)
         if self.out is not None and not self.ranks.rank:
@@ -236,17 +252,24 @@ class _Run:
     def _loop(self, start: int, runlog: RunLog | None) -> None:
         if start >= self.config.steps:
             return
-        with closing(iter(self.loader)) as batches:  # type: ignore[type-var]
-            self._steps(batches, start, runlog)
+        team = Team(self.learners, self.workers)
+        with closing(iter(self.loader)) as batches, closing(team):  # type: ignore[type-var]
+            self._steps(batches, team, start, runlog)
 
-    def _steps(self, batches: Iterator[Batch], start: int, runlog: RunLog | None) -> None:
+    def _steps(
+        self, batches: Iterator[Batch], team: Team, start: int, runlog: RunLog | None
+    ) -> None:
         waited, since, tokens = 0.0, time.perf_counter(), 0
         for number in range(start, self.config.steps):
             before = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - before
             tokens += len(batch) * self.ranks.world
-            results = self._step(batch.acts, batch.slices, number)
+            results = team.step(batch.acts, batch.slices, number)
+            for learner in self.learners:
+                if learner.failed and learner.name in results:
+                    log.error(learner.failed)
+                    self._event("failed", number, message=learner.failed)
             done = number + 1
             last = done == self.config.steps
             if done % self.config.log_every == 0 or last:
@@ -266,29 +289,6 @@ class _Run:
             every = self.config.checkpoint_every
             if self.out is not None and (last or (every and done % every == 0)):
                 self._checkpoint(self.out, done)
-
-    def _step(
-        self, acts: torch.Tensor, slices: Mapping[str, slice], number: int
-    ) -> dict[str, StepResult]:
-        results = {}
-        for learner in self.learners:
-            if learner.failed or learner.stopped:
-                continue
-            x_Br, target_Bw = self._pair(learner.dictionary, acts, slices)
-            results[learner.name] = learner.train_step(x_Br, target_Bw, number)
-            if learner.failed:
-                log.error(learner.failed)
-                self._event("failed", number, message=learner.failed)
-        return results
-
-    @staticmethod
-    def _pair(
-        d: Dictionary, acts: torch.Tensor, slices: Mapping[str, slice]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input and target of one dictionary."""
-        x_Br = d.gather(acts, slices).contiguous()
-        same = list(d.config.reads) == list(d.config.writes)
-        return x_Br, x_Br if same else d.gather(acts, slices, write=True).contiguous()
 
     def _measure(self, results: Mapping[str, StepResult], acts: torch.Tensor) -> None:
         """Turn the results of a step into numbers; the only wait for the device."""
@@ -320,13 +320,8 @@ class _Run:
 
     def _validate(self, done: int) -> None:
         """FVU on the first batches of the held-out items; stop those that stopped improving."""
-        sums = {n: [0.0, 0] for n in self.names}
-        with closing(iter(self._loader(self.sites, self.tokens, "validation"))) as batches:  # type: ignore[type-var]
-            for batch, _ in zip(batches, range(self.config.validation_batches), strict=False):
-                for learner in self.learners:
-                    x_Br, target_Bw = self._pair(learner.dictionary, batch.acts, batch.slices)
-                    sums[learner.name][0] += learner.error(x_Br, target_Bw) * len(batch)
-                    sums[learner.name][1] += len(batch)
+        loader = self._loader(self.sites, self.tokens, "validation")
+        sums = squared_errors(self.learners, loader, self.config.validation_batches)
         for learner in self.learners:
             both = torch.tensor(sums[learner.name], dtype=torch.float64, device=self.device)
             total, count = self.ranks.total(both).tolist()
@@ -346,8 +341,10 @@ class _Run:
     def _finish(self) -> list[Trained]:
         trained = []
         for learner in self.learners:
-            d = learner.dictionary
             learner.finish()
+        set_thresholds(self.learners, self.loader, self.config.threshold_batches)
+        for learner in self.learners:
+            d = learner.dictionary
             if self.config.normalize == "scale":
                 d.rescale_sites(factors_of(self.scales))
             metrics = self.metrics.get(learner.name, {})
