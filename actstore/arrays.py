@@ -1,5 +1,6 @@
 """Write a store from arrays in memory: for tests, benchmarks and activations made elsewhere."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -11,13 +12,15 @@ import pyarrow as pa
 from jaxtyping import Shaped
 
 from actstore.index import OK
-from actstore.manifest import DTYPES, ITEM_SIZE, ArraySpec, Manifest
+from actstore.manifest import DTYPES, ITEM_SIZE, ArraySpec, Manifest, encode_scale
 from actstore.order import keyed_permutation
 from actstore.pipeline import PartPipeline
 from actstore.plan import LOCAL_STRIPE, part_items
+from actstore.quantise import CALIBRATION, calibrated
+from actstore.stats import MomentSum
 from actstore.storage import open_storage
 from actstore.store import Store, create_store
-from actstore.writer import PartBuffer
+from actstore.writer import PartBuffer, check_range
 
 _FILL_BYTES = 128 << 10
 """Bytes moved into a buffer at a time; they stay in the cache."""
@@ -49,6 +52,7 @@ def write_arrays(
         Values by site and token kind, kinds in the order of the tokens.
     dtype
         Activation dtype on disk; that of the arrays by default (float64 becomes float32).
+        Floating point values become int8 by scales from the first items; integers stay.
     items_per_part
         S; by default stripes of about 400 kB and at least 16 parts.
     table
@@ -108,6 +112,12 @@ def write_arrays(
         data={"kind": "arrays", "items": items, "fingerprint": _digest(specs)},
     )
     columns = _columns(table, items)
+    if dtype == "int8" and any(value.dtype.kind == "f" for value in specs.values()):
+        if any(value.dtype.kind != "f" for value in specs.values()):
+            raise ValueError("int8 takes floating point arrays or int8 ones, not both in a store")
+        first = source[:CALIBRATION]
+        scales = {a.path: encode_scale(_scale(a, value[first])) for a, value in specs.items()}
+        manifest = dataclasses.replace(manifest, scales=scales)
     storage = open_storage(url, storage_options)
     create_store(storage, manifest)
     done = Store(storage, manifest)
@@ -128,6 +138,15 @@ def write_arrays(
             pipeline.submit(part, buffer, rows)
     done.refresh()
     return done
+
+
+def _scale(array: ArraySpec, values: np.ndarray) -> np.ndarray:
+    """Return the scales of an array from its first items."""
+    rows = values.astype(np.float32).reshape(-1, array.channels)
+    check_range(array, rows, "float32")
+    moments = MomentSum("float32", len(rows), array.channels)
+    moments.add(rows)
+    return calibrated(moments.total)
 
 
 def _fill(buffer: PartBuffer, specs: Mapping[ArraySpec, np.ndarray], chosen: np.ndarray) -> None:

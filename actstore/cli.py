@@ -37,8 +37,10 @@ class Harvest(_Place):
     """Where the store goes."""
     tokens: str = "cls,patch"
     """Token kinds to keep, of cls, register and patch."""
-    dtype: str = "float16"
-    """Type on disk: float16, bfloat16 or float32."""
+    dtype: str | None = None
+    """Type on disk: float16 (default), bfloat16, float32, or int8 with a scale per channel."""
+    codec: str = "raw"
+    """raw, archive (compressed, bfloat16) or int8 (the same as that dtype)."""
     limit: int | None = None
     """Number of items, a random choice keyed by the seed; all by default."""
     seed: int = 0
@@ -137,9 +139,9 @@ class Convert(_Place):
     tokens: str | None = None
     """Token kinds to keep; all by default."""
     dtype: str | None = None
-    """float16, bfloat16 or float32; that of the source by default."""
+    """float16, bfloat16, float32 or int8; that of the source by default."""
     codec: str | None = None
-    """raw or archive (smaller, for keeping); that of the source by default."""
+    """raw, archive (smaller, for keeping) or int8; that of the source by default."""
     items_per_part: int | None = None
     """Items of a part; those of the source by default."""
     reshard: bool = False

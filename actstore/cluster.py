@@ -15,13 +15,14 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from actstore.calibrate import create_calibrated, with_scales
 from actstore.commit import read_commit, record_path
 from actstore.execute import Event, Job, run_parts
 from actstore.harvester import READ_AHEAD, choose_device, free_disk, load_model, prepare
 from actstore.manifest import Manifest
 from actstore.sources import check_source, reopen_source
 from actstore.storage import open_storage
-from actstore.store import Store, create_store, read_manifest
+from actstore.store import Store, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +208,8 @@ def harvest_on(
     out: str | os.PathLike[str],
     load: Mapping[str, Any] | None = None,
     tokens: str | Sequence[str] = "cls,patch",
-    dtype: str = "float16",
+    dtype: str | None = None,
+    codec: str = "raw",
     limit: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -231,7 +233,7 @@ def harvest_on(
     load
         Further options of `vitmodels.load`: weights (a file that all machines see), pretrained,
         seed, img_size.
-    data, sites, out, tokens, dtype, limit, seed, batch_size, strict, autocast, compile
+    data, sites, out, tokens, dtype, codec, limit, seed, batch_size, strict, autocast, compile
         As for `actstore.harvest`, as are the `storage_options`. A local `out` must be a folder
         that all machines share.
     device
@@ -268,6 +270,7 @@ def harvest_on(
             storage=storage,
             tokens=tokens,
             dtype=dtype,
+            codec=codec,
             limit=limit,
             seed=seed,
             device="cpu",
@@ -285,10 +288,10 @@ def harvest_on(
         written = plan.disk * done // max(1, plan.manifest.n_parts)
         limit_bytes = _least_limit(client)
         plan.check(free_disk=free_disk(storage), free_memory=limit_bytes or 1 << 62, done=written)
-        create_store(storage, plan.manifest)
-        store = Store(storage, plan.manifest)
+        manifest = create_calibrated(storage, with_scales(job).manifest)
+        store = Store(storage, manifest)
         ticket = _Ticket(
-            manifest=plan.manifest.to_json(),
+            manifest=manifest.to_json(),
             url=there,
             storage_options=dict(storage_options) if storage_options else None,
             model=model,

@@ -4,6 +4,7 @@
 `archive`   Blosc with zstd after a byte shuffle, a stripe at a time: for keeping and moving.
             bfloat16 takes about 0.75 of its size, float16 0.93. Any Zarr reader with the codec
             `blosc` reads it; `actstore convert --codec raw` brings it back, bit for bit.
+`int8`      not a codec but a dtype: raw int8 with a scale of each channel, `actstore.quantise`.
 """
 
 from typing import Any
@@ -12,13 +13,34 @@ import numcodecs
 import numpy as np
 from jaxtyping import Shaped
 
-from actstore.manifest import ITEM_SIZE, ArraySpec, FormatError, Manifest
+from actstore.manifest import CODECS, DTYPES, ITEM_SIZE, ArraySpec, FormatError, Manifest
 
 LEVEL = 3
 """Level of zstd; higher ones gain less than a hundredth."""
 
 _HEADER = 16
 """Bytes of Blosc's header: nbytes at 4, blocksize at 8, cbytes at 12, each uint32."""
+
+
+def profile(codec: str, dtype: str | None) -> tuple[str, str]:
+    """Return codec and dtype of a store from the names of a profile and a dtype.
+
+    Raises
+    ------
+    FormatError
+        When one is not known.
+    ValueError
+        When the two contradict each other.
+    """
+    if codec not in (*CODECS, "int8"):
+        raise FormatError(f"codec {codec!r} is none of {', '.join(CODECS)}, int8")
+    if dtype is not None and dtype not in DTYPES:
+        raise FormatError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if codec == "int8":
+        if dtype not in (None, "int8"):
+            raise ValueError(f"codec int8 stores dtype int8, not {dtype}: give one of the two")
+        return "raw", "int8"
+    return codec, dtype or ("bfloat16" if codec == "archive" else "float16")
 
 
 def zarr_codecs(codec: str, itemsize: int) -> list[dict[str, Any]]:

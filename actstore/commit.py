@@ -108,6 +108,9 @@ def encode_sidecar(
         tensors[f"{name}/mean"] = moments.mean
         tensors[f"{name}/m2"] = moments.m2
         tensors[f"{name}/absmax"] = moments.absmax
+        if moments.saturated is not None and moments.error is not None:
+            tensors[f"{name}/saturated"] = moments.saturated
+            tensors[f"{name}/error"] = moments.error
         tensors[f"{name}/crc32c"] = sums[array].astype(np.uint32)
     return safetensors.numpy.save(tensors)
 
@@ -124,8 +127,11 @@ class Sidecar:
         name = f"{array.site}/{array.kind}"
         moments = {key: self._get(f"{name}/{key}") for key in ("count", "mean", "m2", "absmax")}
         count = int(moments.pop("count")[0])
+        if f"{name}/error" in self.tensors:
+            moments |= {key: self._get(f"{name}/{key}") for key in ("saturated", "error")}
         for key, value in moments.items():
-            if value.shape != (array.channels,) or value.dtype != np.float64:
+            due = np.int64 if key == "saturated" else np.float64
+            if value.shape != (array.channels,) or value.dtype != due:
                 raise FormatError(f"sidecar: {name}/{key} has {value.dtype} {value.shape}")
         return ChannelStats(count=count, **moments)
 

@@ -3,7 +3,7 @@
 ::
 
     index.parquet                 rows of all parts
-    stats/<site>/<kind>/{count, mean, m2, absmax}
+    stats/<site>/<kind>/{count, mean, m2, absmax}        int8 with scales: saturated, error
 
 Both can be made again from the parts at any time; making them twice gives the same bytes.
 """
@@ -39,6 +39,8 @@ def write_compact(store: "Store") -> None:
             "absmax": moments.absmax,
             "count": np.array(moments.count, dtype=np.int64),
         }
+        if moments.saturated is not None and moments.error is not None:
+            values |= {"saturated": moments.saturated, "error": moments.error}
         for name, value in values.items():
             names = ["channel"] if value.ndim else []
             meta = layout.plain_metadata(list(value.shape), value.dtype.name, names)

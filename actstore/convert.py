@@ -16,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 
 from actstore import layout
-from actstore.codec import decode
+from actstore.codec import decode, profile
 from actstore.commit import encode_sidecar, index_path, read_sidecar, sidecar_path
 from actstore.crc import crc32c
 from actstore.index import OK
-from actstore.manifest import ArraySpec, FormatError, Manifest
+from actstore.manifest import ArraySpec, FormatError, Manifest, encode_scale
 from actstore.pipeline import PartPipeline
 from actstore.plan import choose_layout
+from actstore.quantise import exact, to_float
 from actstore.storage import Storage, open_storage
 from actstore.store import Store, check_same, create_store, read_manifest
 from actstore.writer import PartBuffer, commit_part
@@ -57,7 +58,8 @@ def convert(
     dtype
         Activation dtype of the copy; that of the source by default.
     codec
-        Codec profile of the copy, ``raw`` or ``archive``; that of the source by default.
+        Codec profile of the copy: ``raw``, ``archive``, or ``int8``, the same as that dtype; that
+        of the source by default. Scales of int8 are such that no value of the source saturates.
     items_per_part
         Items of a part of the copy; those of the source by default.
     reshard
@@ -94,6 +96,8 @@ def convert(
     if not kept:
         present = sorted({a.kind for a in store.manifest.arrays})
         raise ValueError(f"nothing is left: {store.url} has tokens of kind {', '.join(present)}")
+    if codec is not None:
+        codec, dtype = profile(codec, dtype or (None if codec == "int8" else store.manifest.dtype))
     storage = open_storage(out, storage_options)
     same_parts = not reshard and items_per_part in (None, store.manifest.items_per_part)
     same_values = dtype in (None, store.manifest.dtype) and codec in (None, store.manifest.codec)
@@ -104,7 +108,9 @@ def convert(
     else:
         wanted = items_per_part or (None if reshard else store.manifest.items_per_part)
         manifest = _anew(store, kept, dtype or store.manifest.dtype, wanted, memory, storage)
-        manifest = dataclasses.replace(manifest, codec=codec or store.manifest.codec)
+        manifest = dataclasses.replace(
+            manifest, codec=codec or store.manifest.codec, scales=_scales(store, manifest)
+        )
         check_same(storage, manifest)
         create_store(storage, manifest)
         _pack(store, storage, manifest, on_part)
@@ -114,9 +120,19 @@ def convert(
 
 
 def _subset(manifest: Manifest, kept: Sequence[ArraySpec]) -> Manifest:
-    names = {a.site for a in kept}
+    names, paths = {a.site for a in kept}, {a.path for a in kept}
     sites = {name: info for name, info in manifest.sites.items() if name in names}
-    return dataclasses.replace(manifest, arrays=tuple(kept), sites=sites)
+    scales = {path: scale for path, scale in manifest.scales.items() if path in paths}
+    return dataclasses.replace(manifest, arrays=tuple(kept), sites=sites, scales=scales)
+
+
+def _scales(store: Store, manifest: Manifest) -> dict[str, str]:
+    """Return the scales of a copy: those of the source, or made from its statistics."""
+    if manifest.dtype != "int8":
+        return {}
+    if store.manifest.dtype == "int8":
+        return dict(manifest.scales)
+    return {a.path: encode_scale(exact(store.stats(a.site, a.kind))) for a in manifest.arrays}
 
 
 def _anew(
@@ -149,6 +165,7 @@ def _anew(
         arrays=tuple(arrays),
         dtype=dtype,
         order=order,
+        scales=_subset(old, kept).scales if dtype == "int8" else {},
     )
 
 
@@ -202,14 +219,35 @@ def _pack(
             last = first + manifest.planned(part)
             buffer = pipeline.next_buffer()
             buffer.take_rows(last - first)
+            if store.manifest.dtype == "int8":
+                _keep_losses(store, buffer, part)
             for array in manifest.arrays:
                 for rows, token, values in _stripes(store, array, starts, first, last):
                     where = slice(rows.start - first, rows.stop - first)
-                    _place(buffer, array, where, token, values, store.manifest.dtype)
+                    _place(buffer, array, where, token, values, store.manifest)
             chosen = np.flatnonzero((ordinal >= first) & (ordinal < last))
             pipeline.submit(part, buffer, _renumbered(index.take(chosen), first))
             if on_part is not None:
                 on_part(count + 1, len(missing))
+
+
+def _keep_losses(store: Store, buffer: PartBuffer, part: int) -> None:
+    """Take over what quantising lost, if parts are those of the source; forget it otherwise.
+
+    Integers are copied as they are: nothing is lost here, and what was lost before is known by
+    part of the source.
+    """
+    old, size = store.manifest, buffer.manifest.items_per_part
+    if size != old.items_per_part or store.n_items != old.items:
+        buffer.losses.clear()
+    sidecar = read_sidecar(store.storage, store.commit(part)) if buffer.losses else None
+    for array in list(buffer.losses):
+        moments = sidecar.stats(array) if sidecar else None
+        if moments is None or moments.saturated is None or moments.error is None:
+            del buffer.losses[array]
+        else:
+            buffer.losses[array].clear()
+            buffer.losses[array].add(moments.saturated, moments.error)
 
 
 def _stripes(
@@ -241,11 +279,11 @@ def _place(
     rows: slice,
     token: int,
     values: np.ndarray,
-    dtype: str,
+    source: Manifest,
 ) -> None:
     """Cast values [row, t, d] that start at `token` and put them into the stripes."""
-    if dtype != buffer.manifest.dtype:
-        values = buffer.cast(array, layout.from_stored(values, dtype))
+    if source.dtype != buffer.manifest.dtype:
+        values = buffer.cast(array, to_float(values, source, array))
     for k in range(values.shape[1]):
         stripe, inside = divmod(token + k, array.stripe_tokens)
         buffer.stripes[array][stripe, rows, inside] = values[:, k]

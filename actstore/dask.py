@@ -12,6 +12,7 @@ from jaxtyping import Shaped
 
 from actstore import codec, layout
 from actstore.manifest import ArraySpec
+from actstore.quantise import to_float
 from actstore.ranges import Request, missing, truncated
 
 if TYPE_CHECKING:
@@ -124,4 +125,4 @@ class _Loader:
         rows = values.swapaxes(0, 1).reshape(out_shape)
         if self._dtype is None:
             return rows
-        return layout.from_stored(rows, self._stored).astype(self._dtype, copy=False)
+        return to_float(rows, self._manifest, spec).astype(self._dtype, copy=False)

@@ -143,7 +143,7 @@ def _batches(job: Job, parts: Sequence[int]) -> Iterator[tuple[int, np.ndarray, 
             yield part, chosen, start + job.batch_size >= len(positions)
 
 
-def _decoded_ahead(
+def decoded_ahead(
     job: Job, parts: Sequence[int], pool: ThreadPoolExecutor
 ) -> Generator[tuple[int, list[_Decoded], bool], None, None]:
     """Yield decoded batches in order, `read_ahead` of them being decoded meanwhile."""
@@ -199,7 +199,7 @@ def run_parts(
         PartPipeline(
             job.storage, job.manifest, buffers=job.buffers, on_commit=committed
         ) as pipeline,
-        contextlib.closing(_decoded_ahead(job, todo, decoders)) as batches,
+        contextlib.closing(decoded_ahead(job, todo, decoders)) as batches,
     ):
         buffer: PartBuffer | None = None
         rows: list[dict[str, Any]] = []

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actstore.calibrate import create_calibrated, with_scales
+from actstore.codec import profile
 from actstore.execute import Event, Job, rank_and_world, run_parts
 from actstore.forward import check_compute
 from actstore.manifest import Manifest
@@ -22,7 +24,7 @@ from actstore.plan import (
 from actstore.sources import open_source
 from actstore.sources.base import ForModel
 from actstore.storage import Storage, open_storage
-from actstore.store import Store, check_same, create_store, read_manifest
+from actstore.store import Store, check_same, read_manifest
 
 if TYPE_CHECKING:
     from vitmodels.spec import SiteInfo
@@ -40,7 +42,8 @@ def harvest(
     sites: str | Sequence[str],
     out: str | os.PathLike[str],
     tokens: str | Sequence[str] = "cls,patch",
-    dtype: str = "float16",
+    dtype: str | None = None,
+    codec: str = "raw",
     limit: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -68,7 +71,11 @@ def harvest(
     tokens
         Token kinds to keep, of ``cls``, ``register`` and ``patch``.
     dtype
-        Activation dtype on disk: float16, bfloat16 or float32.
+        Activation dtype on disk: float16 (default), bfloat16, float32, or int8 with a scale for
+        each channel, calibrated on the first items.
+    codec
+        Codec profile: ``raw``; ``archive``, compressed, in bfloat16 unless `dtype` is given;
+        ``int8``, the same as that dtype.
     limit
         Number of items, a keyed random choice of the data set; all by default.
     seed
@@ -107,6 +114,7 @@ def harvest(
         storage=storage,
         tokens=tokens,
         dtype=dtype,
+        codec=codec,
         limit=limit,
         seed=seed,
         device=device,
@@ -124,8 +132,9 @@ def harvest(
     report(Event(kind="plan", plan=plan, parts_done=committed))
     written = plan.disk * committed // max(1, plan.manifest.n_parts)
     plan.check(free_disk=free_disk(storage), free_memory=available_memory(), done=written)
-    create_store(storage, plan.manifest)
-    store = Store(storage, plan.manifest)
+    job = with_scales(job)
+    job = dataclasses.replace(job, manifest=create_calibrated(storage, job.manifest))
+    store = Store(storage, job.manifest)
     rank, world = rank_and_world()
     mine = [part for part in store.missing_parts if part % world == rank]
     run_parts(job, mine, on_event=report)
@@ -141,7 +150,7 @@ def dry_run(*, out: str | os.PathLike[str], **options: Any) -> Plan:
     names = ("limit", "batch_size", "workers", "memory", "storage_options")
     defaults: dict[str, Any] = {
         **dict.fromkeys(names),
-        **{"tokens": "cls,patch", "dtype": "float16", "seed": 0, "device": "auto", "strict": False},
+        **{"tokens": "cls,patch", "dtype": None, "seed": 0, "device": "auto", "strict": False},
     }
     options = {**defaults, **options}
     storage = open_storage(out, options["storage_options"])
@@ -155,7 +164,7 @@ def prepare(
     sites: str | Sequence[str],
     storage: Storage,
     tokens: str | Sequence[str],
-    dtype: str,
+    dtype: str | None,
     limit: int | None,
     seed: int,
     device: str,
@@ -166,12 +175,12 @@ def prepare(
     storage_options: Mapping[str, Any] | None,
     autocast: str | None = None,
     compile: bool = False,
+    codec: str = "raw",
 ) -> tuple[Job, Plan]:
     """Load model and data and plan the store, without writing anything."""
     from vitmodels.spec import expand_sites
 
-    if dtype not in ("float16", "bfloat16", "float32"):
-        raise ValueError(f"dtype {dtype!r} is none of float16, bfloat16, float32")
+    codec, dtype = profile(codec, dtype)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
     if batch_size is not None and batch_size < 1:
@@ -201,6 +210,7 @@ def prepare(
         items_per_part=per_part,
         arrays=tuple(laid),
         dtype=dtype,
+        codec=codec,
         sites={name: info.to_json() for name, info in chosen.items()},
         order={"kind": "keyed", "seed": seed, "source_items": len(source)},
         data=source.describe(),
@@ -249,12 +259,15 @@ def projected_memory(manifest: Manifest, forward: int, buffers: int) -> int:
 
 
 def _with_layout_of(manifest: Manifest, there: Manifest) -> Manifest:
-    """Take S and stripes from a store that holds the same arrays: memory must not decide them."""
+    """Take S, stripes and scales from a store of the same arrays: they are decided once."""
     asked = {(a.site, a.kind, a.tokens, a.channels) for a in manifest.arrays}
     found = {(a.site, a.kind, a.tokens, a.channels) for a in there.arrays}
     if asked != found or manifest.items != there.items:
         return manifest
-    return dataclasses.replace(manifest, items_per_part=there.items_per_part, arrays=there.arrays)
+    scales = there.scales if manifest.dtype == there.dtype else {}
+    return dataclasses.replace(
+        manifest, items_per_part=there.items_per_part, arrays=there.arrays, scales=scales
+    )
 
 
 def load_model(model: Any, device: str, **options: Any) -> Any:

@@ -17,7 +17,14 @@ from jaxtyping import Float, Int32, Int64, Shaped, UInt16
 
 from actstore.codec import zarr_codecs
 from actstore.crc import crc32c
-from actstore.manifest import DTYPES, ITEM_SIZE, ArraySpec, FormatError, Manifest
+from actstore.manifest import (
+    DTYPES,
+    ITEM_SIZE,
+    ArraySpec,
+    FormatError,
+    Manifest,
+    scale_path,
+)
 
 MISSING = np.uint64(2**64 - 1)
 """Offset and length of a stripe that was never written."""
@@ -104,6 +111,9 @@ def array_metadata(manifest: Manifest, array: ArraySpec) -> dict[str, Any]:
         },
     }
     dtype = DTYPES[manifest.dtype]
+    attributes = {"activation_dtype": manifest.dtype}
+    if manifest.scales:
+        attributes["scale"] = scale_path(array)
     return {
         "zarr_format": 3,
         "node_type": "array",
@@ -114,7 +124,7 @@ def array_metadata(manifest: Manifest, array: ArraySpec) -> dict[str, Any]:
         "fill_value": 0.0 if dtype.startswith("float") else 0,
         "codecs": [sharding],
         "dimension_names": ["item", f"{array.kind}_token", "channel"],
-        "attributes": {"activation_dtype": manifest.dtype},
+        "attributes": attributes,
     }
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from actstore.batching import Batch, Recycler, Run
 from actstore.normalise import affine
 from actstore.pools import Allocate, Buffer, allocate
+from actstore.quantise import dequantiser
 from actstore.reader import epochs_of
 from actstore.sampling import streams_of
 from actstore.selection import Selection, Split
@@ -219,6 +220,7 @@ class _HostSink:
         pair: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
         self._slices, self._stored = selection.slices, selection.store.manifest.dtype
+        self._widen = dequantiser(selection)
         self._device, self._dtype = device, dtype
         self._affine = None if pair is None else (pair[0].cpu(), pair[1].cpu())
         bits = np.uint16 if dtype is torch.bfloat16 else _DTYPES[dtype]
@@ -236,13 +238,18 @@ class _HostSink:
         last = first + stop - start
         values = _as_stored(buffer.values[start:stop], self._stored)
         out = self._acts[first:last]
-        if self._affine is None:
+        if self._affine is None and self._widen is None:
             out.copy_(values)
         else:
-            shift, scale = self._affine
             for at in range(0, len(out), BLOCK):
-                block = values[at : at + BLOCK].to(torch.float32)
-                out[at : at + BLOCK].copy_(torch.sub(block, shift).mul_(scale))
+                block = values[at : at + BLOCK]
+                if self._widen is not None:
+                    token = buffer.token[start + at : min(stop, start + at + BLOCK)]
+                    block = torch.from_numpy(self._widen(block.numpy(), token))
+                if self._affine is not None:
+                    shift, scale = self._affine
+                    block = torch.sub(block.to(torch.float32), shift).mul_(scale)
+                out[at : at + BLOCK].copy_(block)
         self._item[first:last] = torch.from_numpy(buffer.item[start:stop])
         self._token[first:last] = torch.from_numpy(buffer.token[start:stop])
 
@@ -276,6 +283,9 @@ class _DeviceSink:
     ) -> None:
         self._slices, self._stored = selection.slices, selection.store.manifest.dtype
         self._device, self._dtype, self._affine = device, dtype, pair
+        widen = dequantiser(selection)
+        self._table = None if widen is None else torch.from_numpy(widen.table).to(device)
+        self._kind_of = None if widen is None else torch.from_numpy(widen.kind_of).to(device)
         self._stream: Any = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -317,6 +327,8 @@ class _DeviceSink:
     def finish(self) -> Batch:
         """See `actstore.batching.Sink.finish`."""
         acts = torch.cat(self._acts)
+        if self._table is not None and self._kind_of is not None:
+            acts = acts * self._table[self._kind_of[torch.cat(self._token).long()]]
         if self._affine is not None:
             shift, scale = self._affine
             acts = acts.float().sub_(shift).mul_(scale)

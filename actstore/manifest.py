@@ -5,12 +5,18 @@ dictionaries trained on it and their reports together. It holds no time stamp an
 that differs between two runs of the same plan.
 """
 
+import base64
+import binascii
 import dataclasses
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
 
 FORMAT = 1
 """Version of the store format that this code writes; it reads this and older ones."""
@@ -31,6 +37,9 @@ CODECS = ("raw", "archive")
 
 MAX_JSON_BYTES = 64 << 20
 """A manifest or commit record larger than this is refused before it is parsed."""
+
+_LATER = ("scales",)
+"""Fields that came after the first stores: absent from the JSON when they are empty."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}\Z")
 
@@ -100,6 +109,16 @@ class ArraySpec:
         return self.tokens // self.stripe_tokens
 
 
+def scale_path(array: ArraySpec) -> str:
+    """Return the folder of the Zarr array that shows the scales of an array."""
+    return f"{array.path}_scale"
+
+
+def encode_scale(scale: Float32[np.ndarray, " channel"]) -> str:
+    """Return the scale of each channel as a manifest holds it."""
+    return base64.b64encode(np.ascontiguousarray(scale, dtype="<f4").tobytes()).decode()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything that decides the bytes of a store."""
@@ -126,6 +145,9 @@ class Manifest:
     """What else decides bits: the batch size and the autocast dtype of the forward pass."""
     format: int = FORMAT
     """Version of the store format."""
+    scales: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Array path -> base64 of the float32 scale of each channel: an int8 q stands for
+    ``q * scale``. Empty for other dtypes, and for integers that stand for themselves."""
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:
@@ -146,6 +168,37 @@ class Manifest:
             raise FormatError(f"a store needs at least one array, each once; found {paths}")
         if len({p.lower() for p in paths}) != len(paths):
             raise FormatError(f"array names must differ in more than case; found {paths}")
+        if self.scales:
+            self._check_scales(paths)
+
+    def _check_scales(self, paths: Sequence[str]) -> None:
+        """Refuse scales that are not those of the arrays, finite and positive."""
+        if self.dtype != "int8" or set(self.scales) != set(paths):
+            raise FormatError("scales belong to every array of an int8 store and to nothing else")
+        for array in self.arrays:
+            if scale_path(array) in paths:
+                raise FormatError(f"{scale_path(array)} holds scales, it cannot be an array")
+            scale = self.scale(array)
+            if scale is None or not (np.isfinite(scale).all() and (scale > 0).all()):
+                raise FormatError(f"{array.path}: scales must be finite and positive")
+
+    def scale(self, array: ArraySpec) -> Float32[np.ndarray, " channel"] | None:
+        """Return the scale of each channel of an array, None where values are stored plainly.
+
+        Raises
+        ------
+        FormatError
+            When there is not one float32 a channel.
+        """
+        if not self.scales:
+            return None
+        try:
+            data = base64.b64decode(self.scales[array.path], validate=True)
+        except (binascii.Error, TypeError, ValueError) as error:
+            raise FormatError(f"{array.path}: scales are not base64") from error
+        if len(data) != 4 * array.channels:
+            raise FormatError(f"{array.path}: {len(data)} bytes of scales for {array.channels}")
+        return np.frombuffer(data, "<f4")
 
     @property
     def n_parts(self) -> int:
@@ -156,15 +209,16 @@ class Manifest:
         """Return how many items of the plan fall into `part`."""
         return min(self.items_per_part, self.items - part * self.items_per_part)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Sha256 of the canonical JSON, in hexadecimal."""
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest as JSON types, arrays as a list."""
-        return json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))  # type: ignore[no-any-return]
+        """Return the manifest as JSON types, arrays as a list; later fields only where used."""
+        value = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+        return {k: v for k, v in value.items() if v or k not in _LATER}
 
     @classmethod
     def from_json(cls, value: Any) -> "Manifest":
@@ -185,7 +239,7 @@ class Manifest:
             raise FormatError(f"the manifest has unknown fields {sorted(unknown)}")
         if missing := required - set(value):
             raise FormatError(f"the manifest lacks the fields {sorted(missing)}")
-        for field in ("sites", "order", "data", "compute"):
+        for field in ("sites", "order", "data", "compute", *_LATER):
             if not isinstance(value.get(field, {}), Mapping):
                 raise FormatError(f"the manifest's field {field} must be a JSON object")
         if not isinstance(value["arrays"], Sequence) or isinstance(value["arrays"], str):

@@ -17,6 +17,7 @@ from actstore import codec, layout
 from actstore.batching import Batch, Recycler, Run
 from actstore.manifest import ArraySpec
 from actstore.pools import Buffer
+from actstore.quantise import dequantiser, to_float
 from actstore.ranges import Request, open_ranges
 from actstore.sampling import Epoch, Order, Sequential, streams_of
 from actstore.selection import Selection, Split
@@ -34,6 +35,7 @@ class NumpySink:
 
     def __init__(self, selection: Selection, dtype: Any) -> None:
         self._slices = selection.slices
+        self._widen = dequantiser(selection)
         self._stored = selection.store.manifest.dtype
         self._recycler = Recycler(selection.width, dtype)
 
@@ -47,7 +49,11 @@ class NumpySink:
         """See `Sink.take`."""
         last = first + stop - start
         values, out = buffer.values[start:stop], self._acts[first:last]
-        if self._stored == "bfloat16":
+        if self._widen is not None:
+            for at in range(0, len(values), _BLOCK):
+                token = buffer.token[start + at : min(stop, start + at + _BLOCK)]
+                out[at : at + _BLOCK] = self._widen(values[at : at + _BLOCK], token)
+        elif self._stored == "bfloat16":
             for at in range(0, len(values), _BLOCK):
                 out[at : at + _BLOCK] = layout.from_stored(values[at : at + _BLOCK], self._stored)
         else:
@@ -244,7 +250,7 @@ def items(
     if dtype is None and store.manifest.dtype in ("float16", "float32"):
         return values
     target = _output_dtype(store, dtype)
-    return layout.from_stored(values, store.manifest.dtype).astype(target, copy=False)
+    return to_float(values, store.manifest, array).astype(target, copy=False)
 
 
 def _cells(store: "Store", array: ArraySpec, part: np.ndarray, row: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ _PASSED_ON = (
     "sites",
     "tokens",
     "dtype",
+    "codec",
     "limit",
     "seed",
     "device",

@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Num
+from jaxtyping import Float, Float64, Int8, Int64, Num
 from torch import Tensor
 
 from actstore.manifest import ArraySpec, Manifest
+from actstore.quantise import LIMIT, MOST
 from actstore.writer import FLOAT16_MAX, PartBuffer, raise_range
 from vitmodels.spec import SiteInfo
 
@@ -18,6 +19,7 @@ TORCH_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
+    "int8": torch.int8,
 }
 """Activation dtype -> torch dtype of the same bits."""
 
@@ -49,7 +51,8 @@ class Stager:
         self._manifest = manifest
         self._sites = sites
         self._dtype = TORCH_DTYPES[manifest.dtype]
-        self._pending: tuple[PartBuffer, dict[ArraySpec, Tensor], Tensor, torch.Event] | None = None
+        self._scales: dict[tuple[ArraySpec, torch.device], Tensor] = {}
+        self._pending: _Pending | None = None
 
     def put(self, buffer: PartBuffer, values: Mapping[str, Tensor]) -> None:
         """Take the values of one batch, of every site.
@@ -72,7 +75,11 @@ class Stager:
             return
         pinned = first.device.type == "cuda"
         staged: dict[ArraySpec, Tensor] = {}
+        losses: dict[ArraySpec, tuple[Tensor, Tensor]] = {}
         for array, value in picked.items():
+            if self._manifest.scales:
+                value, saturated, error = _quantise(value, self._scale(array, value.device))
+                losses[array] = saturated, error
             target = torch.empty(value.shape, dtype=self._dtype, pin_memory=pinned)
             staged[array] = target.copy_(value, non_blocking=True)
         limits = torch.empty(extremes.shape, dtype=extremes.dtype, pin_memory=pinned)
@@ -80,17 +87,23 @@ class Stager:
         event = torch.Event(first.device)
         event.record()
         self.flush()
-        self._pending = (buffer, staged, limits, event)
+        self._pending = (buffer, staged, limits, losses, event)
 
     def flush(self) -> None:
         """Wait for the batch on its way and put it into its buffer."""
         if self._pending is None:
             return
-        buffer, staged, limits, event = self._pending
+        buffer, staged, limits, losses, event = self._pending
         self._pending = None
         event.synchronize()
         self._check(staged, limits)
         self._scatter(buffer, staged)
+        for array, (saturated, error) in losses.items():
+            lost = error.cpu()
+            if not limits.isfinite().all() and lost.isfinite().logical_not().any():
+                channel = int(lost.isfinite().int().argmin())
+                raise_range(array, channel, float("nan"), self._manifest.dtype)
+            buffer.losses[array].add(saturated.cpu().numpy(), lost.clamp(max=MOST).numpy())
 
     def _check(self, values: Mapping[ArraySpec, Tensor], extremes: Tensor) -> None:
         limit = FLOAT16_MAX if self._manifest.dtype == "float16" else torch.finfo(torch.float32).max
@@ -115,7 +128,41 @@ class Stager:
             if self._manifest.dtype == "bfloat16":
                 stripes = stripes.view(torch.bfloat16)
             shape = (count, array.n_stripes, array.stripe_tokens, array.channels)
+            if self._manifest.scales and value.dtype is not torch.int8:
+                value = torch.from_numpy(buffer.cast(array, value.float().numpy()))
             stripes[:, rows].copy_(value.reshape(shape).movedim(1, 0))
+
+    def _scale(self, array: ArraySpec, device: torch.device) -> Tensor:
+        """Return the scales of an array on a device."""
+        if (array, device) not in self._scales:
+            scale = torch.tensor(self._manifest.scale(array), device=device)
+            self._scales[array, device] = scale
+        return self._scales[array, device]
+
+
+_Pending = tuple[
+    PartBuffer,
+    dict[ArraySpec, Tensor],
+    Tensor,
+    dict[ArraySpec, tuple[Tensor, Tensor]],
+    torch.Event,
+]
+"""A batch on its way: its buffer, values, extremes, losses, and when it has arrived."""
+
+
+def _quantise(
+    value: Num[Tensor, "B T d"], scale: Float[Tensor, " d"]
+) -> tuple[Int8[Tensor, "B T d"], Int64[Tensor, " d"], Float64[Tensor, " d"]]:
+    """Return what `actstore.quantise.quantise` returns, on the device of the values.
+
+    Values that are not finite give anything here; their extremes refuse them later.
+    """
+    x = value.float() / scale
+    q = x.round()
+    saturated = (q.abs() > LIMIT).sum((0, 1))
+    q = q.clamp_(-LIMIT, LIMIT)
+    error = (x - q).square_().sum((0, 1), dtype=torch.float64) * scale.double().square()
+    return q.to(torch.int8), saturated, error
 
 
 def _extremes(value: Num[Tensor, "B T d"]) -> Num[Tensor, " 2"]:

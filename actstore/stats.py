@@ -6,10 +6,11 @@ by Chan, Golub and LeVeque (1979): with ``delta = mean_b - mean_a`` and ``n = n_
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int64, Shaped
 
 from actstore import layout
 
@@ -34,6 +35,10 @@ class ChannelStats:
     """Sum of squared deviations from the mean."""
     absmax: Float[np.ndarray, " channel"]
     """Largest absolute value."""
+    saturated: Int64[np.ndarray, " channel"] | None = None
+    """Values beyond the range of int8 with a scale; None for other stores."""
+    error: Float[np.ndarray, " channel"] | None = None
+    """Sum of squared errors of int8 with a scale; None for other stores."""
 
     @property
     def var(self) -> Float[np.ndarray, " channel"]:
@@ -46,6 +51,21 @@ class ChannelStats:
         std: np.ndarray = np.sqrt(self.var)
         return std
 
+    @property
+    def fvu(self) -> float | None:
+        """Squared error of the quantisation over the variance, of all channels together."""
+        if self.error is None:
+            return None
+        error, total = float(self.error.sum()), float(self.m2.sum())
+        return error / total if total else (math.inf if error else 0.0)
+
+    def scaled(self, scale: Float[np.ndarray, " channel"]) -> "ChannelStats":
+        """Return the moments of the values times a positive scale of each channel."""
+        wide = scale.astype(np.float64)
+        return dataclasses.replace(
+            self, mean=self.mean * wide, m2=self.m2 * wide**2, absmax=self.absmax * wide
+        )
+
     @classmethod
     def empty(cls, channels: int) -> "ChannelStats":
         """Return the moments of no value."""
@@ -55,15 +75,22 @@ class ChannelStats:
     def merge(self, other: "ChannelStats") -> "ChannelStats":
         """Return the moments of both sets together."""
         count = self.count + other.count
-        if not count:
-            return self
+        if not self.count or not count:
+            return other if other.count else self
         delta = other.mean - self.mean
         return ChannelStats(
             count=count,
             mean=self.mean + delta * (other.count / count),
             m2=self.m2 + other.m2 + delta**2 * (self.count * other.count / count),
             absmax=np.maximum(self.absmax, other.absmax),
+            saturated=_sum(self.saturated, other.saturated),
+            error=_sum(self.error, other.error),
         )
+
+
+def _sum(one: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
+    """Return the sum, None where one of the two is not known."""
+    return None if one is None or other is None else one + other
 
 
 class MomentSum:

@@ -23,7 +23,7 @@ from actstore.commit import (
 )
 from actstore.crc import crc32c
 from actstore.index import OK, concat_rows, decode_index_rows
-from actstore.manifest import MAX_JSON_BYTES, ArraySpec, FormatError, Manifest
+from actstore.manifest import MAX_JSON_BYTES, ArraySpec, FormatError, Manifest, scale_path
 from actstore.stats import ChannelStats
 from actstore.storage import Storage, open_storage
 
@@ -317,6 +317,11 @@ def create_store(
     check_same(storage, manifest)
     if not storage.create("zarr.json", root):
         check_same(storage, manifest)
+    # Copies of what the manifest holds: written after it, so that only one set of scales can be.
+    for array in manifest.arrays:
+        scale = manifest.scale(array)
+        if scale is not None and storage.size(f"{scale_path(array)}/c.0") is None:
+            storage.replace(f"{scale_path(array)}/c.0", [scale.tobytes()])
 
 
 def check_same(storage: Storage, manifest: Manifest) -> bool:
@@ -337,6 +342,11 @@ def write_metadata(storage: Storage, manifest: Manifest) -> None:
     """Write the Zarr metadata below the root."""
     check_same(storage, manifest)
     documents: dict[str, dict[str, Any]] = {"acts": layout.group_metadata()}
+    if manifest.scales:
+        for array in manifest.arrays:
+            documents[scale_path(array)] = layout.plain_metadata(
+                [array.channels], "float32", ["channel"]
+            )
     for array in manifest.arrays:
         documents[f"acts/{array.site}"] = layout.group_metadata()
         documents[array.path] = layout.array_metadata(manifest, array)

@@ -24,6 +24,7 @@ from actstore.commit import (
 from actstore.crc import combine, crc32c
 from actstore.index import encode_index_rows
 from actstore.manifest import ArraySpec, FormatError, Manifest
+from actstore.quantise import Loss, quantise
 from actstore.stats import ChannelStats, MomentSum
 from actstore.storage import Storage, aligned_zeros
 
@@ -42,6 +43,10 @@ class PartBuffer:
             )
             for a in manifest.arrays
         }
+        self.losses: dict[ArraySpec, Loss] = {}
+        """What quantising lost, of stores with scales; absent where it is not known."""
+        if manifest.scales:
+            self.losses = {a: Loss(a.channels) for a in manifest.arrays}
         self.items = 0
 
     @property
@@ -52,6 +57,8 @@ class PartBuffer:
     def clear(self) -> None:
         """Forget the items; memory is kept."""
         self.items = 0
+        for loss in self.losses.values():
+            loss.clear()
 
     def append(self, values: Mapping[ArraySpec, Shaped[np.ndarray, "B T d"]]) -> None:
         """Add a batch: for every array its values [B, T, d], in float32 or as stored.
@@ -92,12 +99,17 @@ class PartBuffer:
         target = layout.storage_dtype(dtype)
         if values.dtype == target:
             return values
-        if values.dtype.kind != "f" or dtype == "int8":
+        scale = self.manifest.scale(array)
+        if values.dtype.kind != "f" or (dtype == "int8" and scale is None):
             raise ValueError(
                 f"{array.path}: values of dtype {values.dtype} cannot be stored as {dtype}; "
                 f"pass floating point values or {target}"
             )
         check_range(array, values, dtype)
+        if scale is not None:
+            stored, saturated, error = quantise(values, scale)
+            self.losses[array].add(saturated, error)
+            return stored
         if dtype == "bfloat16":
             return layout.to_bfloat16(values)
         return values.astype(target)
@@ -246,4 +258,11 @@ def _moments(manifest: Manifest, array: ArraySpec, buffer: PartBuffer) -> Channe
     if not np.isfinite(total.absmax).all():
         channel = int(np.isfinite(total.absmax).argmin())
         raise_range(array, channel, float(total.absmax[channel]), manifest.dtype)
-    return total
+    scale = manifest.scale(array)
+    if scale is None:
+        return total
+    loss = buffer.losses.get(array)
+    total = total.scaled(scale)
+    if loss is None:
+        return total
+    return dataclasses.replace(total, saturated=loss.saturated.copy(), error=loss.error.copy())

@@ -127,7 +127,11 @@ def test_other_arrays_in_the_same_place_are_refused(tmp_path):
         ),
         ({SITE: {"cls": np.zeros((3, 1, 4), np.int64)}}, {}, "dtype int64 cannot be stored"),
         ({SITE: {"cls": values((3, 1, 4))}}, {"dtype": "float8"}, "dtype 'float8' is none of"),
-        ({SITE: {"cls": values((3, 1, 4))}}, {"dtype": "int8"}, "float32 cannot be stored as int8"),
+        (
+            {SITE: {"cls": values((3, 1, 4)), "patch": np.zeros((3, 2, 4), np.int8)}},
+            {"dtype": "int8"},
+            "floating point arrays or int8 ones, not both",
+        ),
         ({"../x": {"cls": values((3, 1, 4))}}, {}, "cannot be a folder"),
         ({SITE: {"cls": values((3, 1, 4))}}, {"table": {"key": ["a"]}}, "1 rows for 3 items"),
         ({SITE: {"cls": values((3, 1, 4))}}, {"items_per_part": 0}, "items_per_part must be"),
