@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitmodels.family import Anatomy
+from vitmodels.hf_anatomy import classifier, numbers, pooler, vit_block_taps
 from vitmodels.hf_backend import BASE, LARGE, Checkpoint, HFFamily, small
 from vitmodels.hf_preprocess import image_transform
-from vitmodels.hf_taps import Call, cls_tap, hf_block_taps, learned_positions, patches_tap
+from vitmodels.hf_taps import learned_positions, patches_tap
 from vitmodels.spec import TokenGrid
-from vitmodels.taps import InputTap, MidStreamTap, OutputTap, Tap, Wire, Wiring
+from vitmodels.taps import MidStreamTap, OutputTap, Tap, Wire, Wiring
 
 
 def _rows() -> dict[str, Checkpoint]:
@@ -92,44 +93,19 @@ class HFBeit(HFFamily):
             taps |= self._block(f"blocks.{i}", block, int(config.num_attention_heads))
         if not config.use_mean_pooling:  # else the norm comes after the mean
             taps["final"] = OutputTap(module=body.layernorm)
-        n_classes, call = 0, Call(field="pooler_output")
-        if hasattr(module, "classifier"):
-            n_classes, call = int(config.num_labels), Call(field="logits")
-            taps["pooled"] = InputTap(module=module.classifier)
-            if n_classes:
-                taps["logits"] = OutputTap(module=module.classifier)
-        elif body.pooler is not None:
-            taps["pooled"] = OutputTap(module=body.pooler)
-        else:
-            taps["pooled"] = cls_tap(body.layernorm)
-            call = Call(field="last_hidden_state", token=0)
+        head = classifier(module) or pooler(body)
         return Anatomy(
-            taps=taps,
+            taps=taps | head.taps,
             grid=grid,
-            d_model=int(config.hidden_size),
-            n_layers=len(body.layers),
-            n_heads=int(config.num_attention_heads),
-            d_head=int(config.hidden_size) // int(config.num_attention_heads),
-            d_mlp=int(config.intermediate_size),
-            n_classes=n_classes,
+            n_classes=head.n_classes,
             input_shape=(int(config.num_channels), *origin.size),
             transform=image_transform(origin.processor),
-            call=call,
+            call=head.call,
+            **numbers(config),
         )
 
     def _block(self, name: str, block: Any, heads: int) -> dict[str, Tap]:
-        taps = hf_block_taps(
-            name,
-            block=block,
-            attn=block.attention,
-            proj=block.attention.o_proj,
-            norm1=block.layernorm_before,
-            norm2=block.layernorm_after,
-            mlp=block.mlp,
-            mlp_first=block.mlp.fc1,
-            mlp_last=block.mlp.fc2,
-            heads=heads,
-        )
+        taps = vit_block_taps(name, block, heads)
         taps[f"{name}.attn_out"] = RepeatedTap(module=block.drop_path, block=block, call=0)
         taps[f"{name}.mlp_out"] = RepeatedTap(module=block.drop_path, block=block, call=1)
         taps[f"{name}.resid_mid"] = MidStreamTap(

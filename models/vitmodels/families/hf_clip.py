@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitmodels.family import Anatomy
+from vitmodels.hf_anatomy import Head, classifier, numbers
 from vitmodels.hf_backend import BASE, HALF, HUGE, LARGE, Checkpoint, HFFamily, small
 from vitmodels.hf_preprocess import image_transform
 from vitmodels.hf_taps import Call, PositionTap, hf_block_taps, patches_tap
 from vitmodels.spec import TokenGrid
-from vitmodels.taps import InputTap, OutputTap, Tap, Wire, Wiring
+from vitmodels.taps import OutputTap, Tap, Wire, Wiring
 
 _TOWER = "CLIPVisionModelWithProjection"
 
@@ -136,16 +137,16 @@ def tower_taps(body: Any, grid: TokenGrid, *, native: bool) -> dict[str, Tap]:
     return taps
 
 
-def tower_numbers(config: Any) -> dict[str, Any]:
-    """Return the numbers of an anatomy from a vision configuration."""
-    heads = int(config.num_attention_heads)
-    return {
-        "d_model": int(config.hidden_size),
-        "n_layers": int(config.num_hidden_layers),
-        "n_heads": heads,
-        "d_head": int(config.hidden_size) // heads,
-        "d_mlp": int(config.intermediate_size),
+def _embedding(module: Any, body: Any) -> Head:
+    """Return the normed CLS token, and its projection where the model has one."""
+    taps: dict[str, Tap] = {
+        "final": NormOfAllTap(encoder=body.encoder, norm=body.post_layernorm),
+        "pooled": OutputTap(module=body.post_layernorm),
     }
+    if not hasattr(module, "visual_projection"):
+        return Head(taps, Call(field="pooler_output"))
+    taps["projection"] = OutputTap(module=module.visual_projection)
+    return Head(taps, Call(field="image_embeds"))
 
 
 class HFClip(HFFamily):
@@ -168,28 +169,16 @@ class HFClip(HFFamily):
         grid = TokenGrid(patch=(origin.size[0] // patch, origin.size[1] // patch))
         native = origin.size == self.native_size(config)
         taps = tower_taps(body, grid, native=native)
-        n_classes = 0
-        if hasattr(module, "classifier"):  # reads the mean of the patches, not normed
-            call = Call(field="logits")
-            n_classes = int(module.config.num_labels)
-            taps["pooled"] = InputTap(module=module.classifier)
-            if n_classes:
-                taps["logits"] = OutputTap(module=module.classifier)
-        else:
-            taps["final"] = NormOfAllTap(encoder=body.encoder, norm=body.post_layernorm)
-            taps["pooled"] = OutputTap(module=body.post_layernorm)
-            call = Call(field="pooler_output")
-            if hasattr(module, "visual_projection"):
-                call = Call(field="image_embeds")
-                taps["projection"] = OutputTap(module=module.visual_projection)
+        # A classifier reads the mean of the patches, not normed.
+        head = classifier(module) or _embedding(module, body)
         return Anatomy(
-            taps=taps,
+            taps=taps | head.taps,
             grid=grid,
-            n_classes=n_classes,
+            n_classes=head.n_classes,
             input_shape=(int(config.num_channels), *origin.size),
             transform=image_transform(origin.processor),
-            call=call.resampled(not native),
-            **tower_numbers(config),
+            call=head.call.resampled(not native),
+            **numbers(config),
         )
 
     def conformance(self) -> Mapping[str, Callable[[], nn.Module]]:

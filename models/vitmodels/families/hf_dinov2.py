@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 
 from vitmodels.family import Anatomy
+from vitmodels.hf_anatomy import Head, classifier, numbers
 from vitmodels.hf_backend import IMAGENET, Checkpoint, HFFamily, small
 from vitmodels.hf_preprocess import image_transform
 from vitmodels.hf_taps import Call, cls_tap, hf_block_taps, learned_positions, patches_tap
 from vitmodels.spec import TokenGrid
-from vitmodels.taps import InputTap, OutputTap, Tap
+from vitmodels.taps import OutputTap, Tap
 
 _SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 384, "num_attention_heads": 6},
@@ -33,8 +34,8 @@ def _rows() -> dict[str, Checkpoint]:
     rows: dict[str, Checkpoint] = {}
     processor = IMAGENET | {"size": {"shortest_edge": 256}}
     for kind, cls in (("dinov2", "Dinov2"), ("dinov2-with-registers", "Dinov2WithRegisters")):
-        for size, numbers in _SIZES.items():
-            config = numbers | {"image_size": 518, "patch_size": 14}
+        for size, widths in _SIZES.items():
+            config = widths | {"image_size": 518, "patch_size": 14}
             rows[f"facebook/{kind}-{size}"] = Checkpoint(
                 cls=f"{cls}Model", config=config, processor=processor
             )
@@ -93,27 +94,18 @@ class HFDinov2(HFFamily):
             )
         taps["final"] = OutputTap(module=body.layernorm)
         mlp = body.encoder.layer[0].mlp
-        n_classes, call = 0, Call(field="pooler_output")
-        if hasattr(module, "classifier"):  # reads CLS and the mean of the patches
-            call = Call(field="logits")
-            n_classes = int(config.num_labels)
-            taps["pooled"] = InputTap(module=module.classifier)
-            if n_classes:
-                taps["logits"] = OutputTap(module=module.classifier)
-        else:
-            taps["pooled"] = cls_tap(body.layernorm)
+        # A classifier reads CLS and the mean of the patches.
+        body_head = Head({"pooled": cls_tap(body.layernorm)}, Call(field="pooler_output"))
+        head = classifier(module) or body_head
+        own = int((mlp.down_proj if hasattr(mlp, "down_proj") else mlp.fc2).in_features)
         return Anatomy(
-            taps=taps,
+            taps=taps | head.taps,
             grid=grid,
-            d_model=int(config.hidden_size),
-            n_layers=len(body.encoder.layer),
-            n_heads=heads,
-            d_head=int(config.hidden_size) // heads,
-            d_mlp=int((mlp.down_proj if hasattr(mlp, "down_proj") else mlp.fc2).in_features),
-            n_classes=n_classes,
+            n_classes=head.n_classes,
             input_shape=(int(config.num_channels), *origin.size),
             transform=image_transform(origin.processor),
-            call=call,
+            call=head.call,
+            **numbers(config, d_mlp=own),
         )
 
     def conformance(self) -> Mapping[str, Callable[[], nn.Module]]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from vitmodels.family import Anatomy
+from vitmodels.hf_anatomy import numbers
 from vitmodels.hf_backend import HUGE, LARGE, SMALL, Checkpoint, HFFamily, small
 from vitmodels.hf_preprocess import image_transform
 from vitmodels.hf_taps import Call, cls_tap, hf_block_taps, patches_tap
@@ -93,14 +94,10 @@ class HFDinov3(HFFamily):
         return Anatomy(
             taps=taps,
             grid=grid,
-            d_model=int(config.hidden_size),
-            n_layers=len(module.model.layer),
-            n_heads=heads,
-            d_head=int(config.hidden_size) // heads,
-            d_mlp=int(config.intermediate_size),
             input_shape=(int(config.num_channels), *origin.size),
             transform=image_transform(origin.processor),
             call=Call(field="pooler_output"),
+            **numbers(config),
         )
 
     def conformance(self) -> Mapping[str, Callable[[], nn.Module]]:

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from vitmodels.families.hf_clip import tower_numbers, tower_taps
+from vitmodels.families.hf_clip import tower_taps
 from vitmodels.family import Anatomy
+from vitmodels.hf_anatomy import Head, classifier, numbers
 from vitmodels.hf_backend import BASE, LARGE, Checkpoint, HFFamily, small
 from vitmodels.hf_preprocess import image_transform
 from vitmodels.hf_taps import Call
 from vitmodels.spec import TokenGrid
-from vitmodels.taps import InputTap, OutputTap
+from vitmodels.taps import OutputTap
 
 
 def _rows() -> dict[str, Checkpoint]:
@@ -73,24 +74,19 @@ class HFSiglip(HFFamily):
         native = origin.size == self.native_size(config)
         taps = tower_taps(body, grid, native=native)
         taps["final"] = OutputTap(module=body.post_layernorm)
-        n_classes, call = 0, Call(field="last_hidden_state")
-        if hasattr(module, "classifier"):  # reads the mean of the tokens
-            call = Call(field="logits")
-            n_classes = int(module.config.num_labels)
-            taps["pooled"] = InputTap(module=module.classifier)
-            if n_classes:
-                taps["logits"] = OutputTap(module=module.classifier)
-        elif body.use_head:
-            call = Call(field="pooler_output")
-            taps["pooled"] = OutputTap(module=body.head)
+        head = classifier(module)  # reads the mean of the tokens
+        if head is None and body.use_head:
+            head = Head({"pooled": OutputTap(module=body.head)}, Call(field="pooler_output"))
+        elif head is None:
+            head = Head({}, Call(field="last_hidden_state"))
         return Anatomy(
-            taps=taps,
+            taps=taps | head.taps,
             grid=grid,
-            n_classes=n_classes,
+            n_classes=head.n_classes,
             input_shape=(int(config.num_channels), *origin.size),
             transform=image_transform(origin.processor),
-            call=call.resampled(not native),
-            **tower_numbers(config),
+            call=head.call.resampled(not native),
+            **numbers(config),
         )
 
     def conformance(self) -> Mapping[str, Callable[[], nn.Module]]:

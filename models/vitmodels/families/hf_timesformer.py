@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from vitmodels.attention import AttentionTap
 from vitmodels.family import Anatomy
+from vitmodels.hf_anatomy import classifier, first_token, numbers
 from vitmodels.hf_backend import Checkpoint, HFFamily, small
 from vitmodels.hf_preprocess import clip_transform
-from vitmodels.hf_taps import Call, PositionTap, cls_tap
+from vitmodels.hf_taps import PositionTap
 from vitmodels.layouts import ClipLayouts, LaidOutTap, Layout, keys, queries
 from vitmodels.spec import TokenGrid
 from vitmodels.taps import HeadOutTap, InputTap, MidStreamTap, OutputTap, Tap
@@ -124,26 +125,15 @@ class HFTimesformer(HFFamily):
             taps |= _block(f"blocks.{i}", block, grid, layouts, heads)
         norm = body.layernorm
         taps["final"] = LaidOutTap(inner=OutputTap(module=norm), layout=layouts.stream)
-        n_classes, call = 0, Call(field="last_hidden_state", token=0)
-        if hasattr(module, "classifier"):
-            n_classes, call = int(config.num_labels), Call(field="logits")
-            taps["pooled"] = InputTap(module=module.classifier)
-            if n_classes:
-                taps["logits"] = OutputTap(module=module.classifier)
-        else:
-            taps["pooled"] = cls_tap(norm)
+        head = classifier(module) or first_token(norm)
         return Anatomy(
-            taps=taps,
+            taps=taps | head.taps,
             grid=grid,
-            d_model=int(config.hidden_size),
-            n_layers=len(body.encoder.layer),
-            n_heads=heads,
-            d_head=int(config.hidden_size) // heads,
-            d_mlp=int(config.intermediate_size),
-            n_classes=n_classes,
+            n_classes=head.n_classes,
             input_shape=(frames, int(config.num_channels), *size),
             transform=clip_transform(self.origin(module).processor, frames),
-            call=call,
+            call=head.call,
+            **numbers(config),
         )
 
     def _embed(self, embeddings: Any, grid: TokenGrid, layouts: ClipLayouts) -> dict[str, Tap]:

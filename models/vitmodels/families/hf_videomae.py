@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 
 from vitmodels.family import Anatomy
+from vitmodels.hf_anatomy import Head, classifier, numbers
 from vitmodels.hf_backend import BASE, HUGE, LARGE, SMALL, Checkpoint, HFFamily, small
 from vitmodels.hf_preprocess import clip_transform
 from vitmodels.hf_taps import Call, PositionTap, hf_block_taps, patches_tap
 from vitmodels.spec import TokenGrid
-from vitmodels.taps import InputTap, OutputTap, Tap
+from vitmodels.taps import OutputTap, Tap
 
 
 def _rows() -> dict[str, Checkpoint]:
@@ -95,24 +96,15 @@ class HFVideoMAE(HFFamily):
             )
         if body.layernorm is not None:
             taps["final"] = OutputTap(module=body.layernorm)
-        n_classes, call = 0, Call(field="last_hidden_state")
-        if hasattr(module, "classifier"):
-            n_classes, call = int(config.num_labels), Call(field="logits")
-            taps["pooled"] = InputTap(module=module.classifier)
-            if n_classes:
-                taps["logits"] = OutputTap(module=module.classifier)
+        head = classifier(module) or Head({}, Call(field="last_hidden_state"))
         return Anatomy(
-            taps=taps,
+            taps=taps | head.taps,
             grid=grid,
-            d_model=int(config.hidden_size),
-            n_layers=len(body.encoder.layer),
-            n_heads=heads,
-            d_head=int(config.hidden_size) // heads,
-            d_mlp=int(config.intermediate_size),
-            n_classes=n_classes,
+            n_classes=head.n_classes,
             input_shape=(frames, int(config.num_channels), *origin.size),
             transform=clip_transform(origin.processor, frames),
-            call=call,
+            call=head.call,
+            **numbers(config),
         )
 
     def conformance(self) -> Mapping[str, Callable[[], nn.Module]]:

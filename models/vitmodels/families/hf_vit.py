@@ -12,6 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from vitmodels.family import Anatomy
+from vitmodels.hf_anatomy import (
+    Head,
+    classifier,
+    first_token,
+    numbers,
+    pooler,
+    vit_block_taps,
+)
 from vitmodels.hf_backend import (
     BASE,
     HUGE,
@@ -26,14 +34,12 @@ from vitmodels.hf_backend import (
 from vitmodels.hf_preprocess import image_transform
 from vitmodels.hf_taps import (
     Call,
-    cls_tap,
     field_tap,
-    hf_block_taps,
     learned_positions,
     patches_tap,
 )
 from vitmodels.spec import TokenGrid
-from vitmodels.taps import InputTap, OutputTap, Tap
+from vitmodels.taps import OutputTap, Tap
 
 _DEIT = IMAGENET | {"resample": 3, "do_center_crop": True}
 
@@ -150,52 +156,33 @@ class HFViT(HFFamily):
         taps["embed"] = OutputTap(module=embeddings)
         heads = int(config.num_attention_heads)
         for i, block in enumerate(body.layers):
-            taps |= hf_block_taps(
-                f"blocks.{i}",
-                block=block,
-                attn=block.attention,
-                proj=block.attention.o_proj,
-                norm1=block.layernorm_before,
-                norm2=block.layernorm_after,
-                mlp=block.mlp,
-                mlp_first=block.mlp.fc1,
-                mlp_last=block.mlp.fc2,
-                heads=heads,
-            )
+            taps |= vit_block_taps(f"blocks.{i}", block, heads)
         taps["final"] = OutputTap(module=body.layernorm)
-        head, call, n_classes = self._head(module, body, grid)
-        taps |= head
+        head = self._head(module, body, grid)
         return Anatomy(
-            taps=taps,
+            taps=taps | head.taps,
             grid=grid,
-            d_model=int(config.hidden_size),
-            n_layers=len(body.layers),
-            n_heads=heads,
-            d_head=int(body.layers[0].attention.head_dim),
-            d_mlp=int(config.intermediate_size),
-            n_classes=n_classes,
+            n_classes=head.n_classes,
             input_shape=(int(config.num_channels), *origin.size),
             transform=image_transform(origin.processor),
-            call=call.resampled(not native),
+            call=head.call.resampled(not native),
+            **numbers(config),
         )
 
-    def _head(self, module: Any, body: Any, grid: TokenGrid) -> tuple[dict[str, Tap], Call, int]:
-        """Return what follows the last norm, the call, and the number of classes."""
-        n_classes = int(module.config.num_labels)
+    def _head(self, module: Any, body: Any, grid: TokenGrid) -> Head:
         if hasattr(module, "cls_classifier"):  # logits are the mean of two heads
-            return {"logits": field_tap(module, "logits")}, Call(field="logits"), n_classes
-        if hasattr(module, "classifier"):
-            taps: dict[str, Tap] = {"pooled": InputTap(module=module.classifier)}
-            if n_classes:
-                taps["logits"] = field_tap(module, "logits")
-            return taps, Call(field="logits"), n_classes
+            taps: dict[str, Tap] = {"logits": field_tap(module, "logits")}
+            return Head(taps, Call(field="logits"), int(module.config.num_labels))
+        if head := classifier(module):
+            return head
         if getattr(body, "pooler", None) is not None:
-            return {"pooled": OutputTap(module=body.pooler)}, Call(field="pooler_output"), 0
+            return pooler(body)
         if not grid.cls:
-            return {}, Call(field="last_hidden_state"), 0
-        kind = _MAECall if module.config.model_type == "vit_mae" else Call
-        call = kind(field="last_hidden_state", token=0)
-        return {"pooled": cls_tap(body.layernorm)}, call, 0
+            return Head({}, Call(field="last_hidden_state"))
+        head = first_token(body.layernorm)
+        if module.config.model_type == "vit_mae":
+            return head._replace(call=_MAECall(field=head.call.field, token=head.call.token))
+        return head
 
     def conformance(self) -> Mapping[str, Callable[[], nn.Module]]:
         """Return one small module of every class."""

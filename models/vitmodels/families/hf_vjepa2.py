@@ -4,16 +4,18 @@ Query and key are those after the rotation. The predictor of the pretraining is 
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from vitmodels.family import Anatomy
+from vitmodels.hf_anatomy import Head, classifier, numbers
 from vitmodels.hf_backend import Checkpoint, HFFamily, small
 from vitmodels.hf_preprocess import clip_transform
 from vitmodels.hf_taps import Call, hf_block_taps, patches_tap
 from vitmodels.spec import TokenGrid
-from vitmodels.taps import InputTap, OutputTap, Tap
+from vitmodels.taps import OutputTap, Tap
 
 _SIZES: dict[str, dict[str, Any]] = {
     "vitl": {},
@@ -96,29 +98,16 @@ class HFVJepa2(HFFamily):
                 heads=heads,
             )
         taps["final"] = OutputTap(module=encoder.layernorm)
-        n_classes = 0
-        call = Call(
-            field="last_hidden_state",
-            argument="pixel_values_videos",
-            options={"skip_predictor": True},
-        )
-        if hasattr(module, "classifier"):  # reads the attentive pooler
-            n_classes = int(config.num_labels)
-            call = Call(field="logits", argument="pixel_values_videos")
-            taps["pooled"] = InputTap(module=module.classifier)
-            taps["logits"] = OutputTap(module=module.classifier)
+        body = Call(field="last_hidden_state", options={"skip_predictor": True})
+        head = classifier(module) or Head({}, body)  # a classifier reads the attentive pooler
         return Anatomy(
-            taps=taps,
+            taps=taps | head.taps,
             grid=grid,
-            d_model=int(config.hidden_size),
-            n_layers=len(encoder.layer),
-            n_heads=heads,
-            d_head=int(config.hidden_size) // heads,
-            d_mlp=int(encoder.layer[0].mlp.fc2.in_features),
-            n_classes=n_classes,
+            n_classes=head.n_classes,
             input_shape=(frames, int(config.in_chans), *origin.size),
             transform=clip_transform(origin.processor, frames),
-            call=call,
+            call=replace(head.call, argument="pixel_values_videos"),
+            **numbers(config, d_mlp=int(encoder.layer[0].mlp.fc2.in_features)),
             without_effect_on_shapes=[
                 (block.attention, method)
                 for block in encoder.layer

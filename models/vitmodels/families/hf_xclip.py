@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from vitmodels.attention import PARTS, AttentionTap
-from vitmodels.families.hf_clip import NormOfAllTap, tower_numbers
+from vitmodels.families.hf_clip import NormOfAllTap
 from vitmodels.family import Anatomy
+from vitmodels.hf_anatomy import numbers
 from vitmodels.hf_backend import BASE, IMAGENET, LARGE, Checkpoint, HFFamily, small
 from vitmodels.hf_preprocess import clip_transform
 from vitmodels.hf_taps import Call, PositionTap, read_map, write_map
@@ -131,7 +132,7 @@ class HFXClip(HFFamily):
             input_shape=(frames, int(config.num_channels), *origin.size),
             transform=clip_transform(origin.processor, frames),
             call=_Frames(field="pooler_output"),
-            **tower_numbers(config),
+            **numbers(config),
         )
 
     def conformance(self) -> Mapping[str, Callable[[], nn.Module]]:
