@@ -136,7 +136,8 @@ def features(
         np.add.at(sum_Id, batch.item, batch.acts)
         count_I += np.bincount(batch.item, minlength=size)
     found = count_I.nonzero()[0]
-    return sum_Id[found] / count_I[found, None], found
+    mean_Nd = sum_Id[found] / count_I[found, None].astype(np.float32)
+    return mean_Nd, found
 
 
 def labels(store: Store, positions: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
