@@ -27,7 +27,7 @@ from actstore.manifest import FormatError
 from actstore.storage import LocalStorage, Storage
 
 LOOK_AHEAD = 16
-"""Requests the kernel is told of before they are read, by each thread."""
+"""Requests the kernel is told of before they are read, times the threads that read."""
 
 COLD_FOR = 1024
 """Requests to look ahead for after one that the page cache did not serve."""
@@ -85,6 +85,28 @@ class Ranges(Protocol):
         """Give up files and threads."""
 
 
+class _Line:
+    """Requests that threads take one after the other, and those the kernel was told of."""
+
+    def __init__(self, requests: Sequence[Request], upcoming: Sequence[Request], far: int) -> None:
+        self._all = [*requests, *upcoming[:far]]
+        self._numbers = iter(range(len(requests)))  # its next() is atomic
+        self._advised = 0
+        self._far = far
+
+    def take(self) -> tuple[int, Request] | None:
+        """Return the next request and its number."""
+        number = next(self._numbers, None)
+        return None if number is None else (number, self._all[number])
+
+    def ahead(self, number: int) -> Sequence[Request]:
+        """Return those of the requests from a number on that nobody was told of yet."""
+        last = min(len(self._all), number + self._far)
+        new = self._all[max(self._advised, number) : last]  # two threads may tell twice: no harm
+        self._advised = max(self._advised, last)
+        return new
+
+
 class LocalRanges:
     """Ranges of local files."""
 
@@ -94,18 +116,20 @@ class LocalRanges:
         self._scratch = np.empty(0, dtype=np.uint8)
         self._tells_cold = hasattr(os, "RWF_NOWAIT")
         self._cold = 0
-        self._advised = 0
 
     def read(
         self, requests: Sequence[Request], place: Place, done: Done, upcoming: Sequence[Request]
     ) -> None:
         """See `Ranges.read`."""
-        line = [*requests, *upcoming[:LOOK_AHEAD]]
-        self._advised = 0
-        for i, request in enumerate(requests):
+        self.serve(_Line(requests, upcoming, LOOK_AHEAD), place, done)
+
+    def serve(self, line: _Line, place: Place, done: Done) -> None:
+        """Fulfil requests of a line that other threads may share, until none is left."""
+        while (taken := line.take()) is not None:
+            number, request = taken
             if self._cold:
                 self._cold -= 1
-                self._look_ahead(line, i)
+                self._look_ahead(line, number)
             places: Any = place(request)
             if not vectored.AVAILABLE and not isinstance(places, memoryview):
                 places = None
@@ -116,7 +140,7 @@ class LocalRanges:
             start = self._from_cache(request, places)
             if start < request.length:
                 self._cold = COLD_FOR
-                self._look_ahead(line, i)
+                self._look_ahead(line, number)
                 self._fill(request, places, start)
             if view is not None:
                 done(request, view)
@@ -163,17 +187,15 @@ class LocalRanges:
             return start + os.preadv(descriptor, part, request.offset + start, flags)
         return vectored.read_scattered(descriptor, request.offset, places, start, flags)
 
-    def _look_ahead(self, line: Sequence[Request], i: int) -> None:
-        """Tell the kernel of the requests up to `LOOK_AHEAD` after number i."""
+    def _look_ahead(self, line: _Line, number: int) -> None:
+        """Tell the kernel of the requests up to `LOOK_AHEAD` after a number."""
         if not hasattr(os, "posix_fadvise"):
             return
-        last = min(len(line), i + LOOK_AHEAD)
-        for request in line[max(self._advised, i) : last]:
+        for request in line.ahead(number):
             with contextlib.suppress(FileNotFoundError):  # reported when its turn comes
                 os.posix_fadvise(
                     self._file(request), request.offset, request.length, os.POSIX_FADV_WILLNEED
                 )
-        self._advised = max(self._advised, last)
 
     def _file(self, request: Request) -> int:
         try:
@@ -196,22 +218,26 @@ class LocalRanges:
 
 
 class ThreadedRanges:
-    """Local ranges shared by some threads, each with files and memory of its own."""
+    """Local ranges shared by the caller and some threads, each with files and memory of its own.
+
+    They take requests from one line, so that none waits while another has work left.
+    """
 
     def __init__(self, storage: Storage, threads: int = THREADS) -> None:
         self._parts = [LocalRanges(storage) for _ in range(threads)]
-        self._threads = concurrent.futures.ThreadPoolExecutor(threads, "actstore-range")
+        self._threads = concurrent.futures.ThreadPoolExecutor(max(1, threads - 1), "actstore-range")
 
     def read(
         self, requests: Sequence[Request], place: Place, done: Done, upcoming: Sequence[Request]
     ) -> None:
         """See `Ranges.read`."""
-        n = len(self._parts)
-        jobs = [
-            self._threads.submit(part.read, requests[i::n], place, done, upcoming[i::n])
-            for i, part in enumerate(self._parts)
-        ]
-        concurrent.futures.wait(jobs)
+        line = _Line(requests, upcoming, LOOK_AHEAD * len(self._parts))
+        mine, *others = self._parts
+        jobs = [self._threads.submit(part.serve, line, place, done) for part in others]
+        try:
+            mine.serve(line, place, done)
+        finally:
+            concurrent.futures.wait(jobs)  # they write to the caller's memory
         for job in jobs:
             job.result()
 
