@@ -1,4 +1,11 @@
-"""Cut what the pools hold into batches: the loop between the reading thread and the user."""
+"""Cut what the pools hold into batches: the loop between the reading thread and the user.
+
+The rows of a pool lie in the order in which they are given out, so a batch is a run of them, and
+where the values need no conversion it is *lent*: a view of the pool, no byte copied. A pool goes
+back to the reading thread when nobody looks at it any more. A user who goes on looking (a kept
+slice pins a whole pool) is seen when its memory is missed: that pool is left to him, the reader
+takes fresh memory, and from then on batches are copies, which pin nothing but themselves.
+"""
 
 import dataclasses
 import logging
@@ -10,7 +17,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from actstore.pools import Allocate, Buffer, PoolThread, allocate
-from actstore.sampling import Order
+from actstore.sampling import Cut, Order
 from actstore.selection import Selection
 
 logger = logging.getLogger(__name__)
@@ -48,6 +55,9 @@ class Sink(Protocol):
 
     def finish(self) -> Batch:
         """Return the batch."""
+
+    def lend(self, buffer: Buffer, start: int, stop: int) -> Batch | None:
+        """Return rows ``start..stop`` of a pool as a batch that shares its memory, or None."""
 
 
 class Recycler:
@@ -163,28 +173,72 @@ class Run:
             make=self._make,
             after_fill=self._after_fill,
         )
-        held: dict[int, Buffer] = {}
+        hands = _Hands(thread, self.buffers)
         try:
             for order, epoch, batch in self._steps():
                 cuts = [
                     (stream, cut) for stream in self.streams for cut in order.cut(batch, stream)
                 ]
-                sink.begin(sum(cut.stop - cut.start for _, cut in cuts))
-                at = 0
-                for stream, cut in cuts:
-                    buffer = held.get(stream)
-                    if buffer is not None and buffer.key != (epoch, cut.pool):
-                        thread.give_back(held.pop(stream))
-                        buffer = None
-                    if buffer is None:
-                        buffer = held[stream] = thread.take()
-                    sink.take(buffer, cut.start, cut.stop, at)
-                    at += cut.stop - cut.start
-                    if cut.stop == buffer.rows:
-                        thread.give_back(held.pop(stream))
-                yield sink.finish()
+                yield self._cut(sink, hands, epoch, cuts)
         finally:
             thread.close()
+
+    def _cut(self, sink: Sink, hands: "_Hands", epoch: int, cuts: list[tuple[int, Cut]]) -> Batch:
+        """Return the batch that some cuts make, each of the pool its stream is at."""
+        if len(cuts) == 1:
+            stream, cut = cuts[0]
+            buffer = hands.pool(stream, (epoch, cut.pool))
+            # not the last ones of a pool: who looks at them delays the reading thread
+            ends = buffer.rows - cut.stop < cut.stop - cut.start
+            lent = sink.lend(buffer, cut.start, cut.stop) if hands.lending and not ends else None
+            if lent is not None:
+                return lent
+        sink.begin(sum(cut.stop - cut.start for _, cut in cuts))
+        at = 0
+        for stream, cut in cuts:
+            buffer = hands.pool(stream, (epoch, cut.pool))
+            sink.take(buffer, cut.start, cut.stop, at)
+            at += cut.stop - cut.start
+            if cut.stop == buffer.rows:
+                hands.drop(stream)
+        return sink.finish()
+
+
+class _Hands:
+    """The pools that batches are cut from, until the reading thread gets them back."""
+
+    def __init__(self, thread: PoolThread, buffers: int) -> None:
+        self._thread, self._buffers = thread, buffers
+        self._held: dict[int, Buffer] = {}
+        self._dropped: list[Buffer] = []
+        self.lending = True
+        """Whether batches may share the memory of pools."""
+
+    def pool(self, stream: int, key: tuple[int, int]) -> Buffer:
+        """Return the pool a stream is at, the next one of the thread where `key` is not held."""
+        self._settle()
+        buffer = self._held.get(stream)
+        if buffer is not None and buffer.key != key:
+            self.drop(stream)
+            buffer = None
+        if buffer is None:
+            if len(self._held) + len(self._dropped) == self._buffers:
+                # nothing is left to read into, and the user keeps what he was lent
+                self.lending = False
+                self._dropped[0].renew()
+                self._settle()
+            buffer = self._held[stream] = self._thread.take()
+        return buffer
+
+    def drop(self, stream: int) -> None:
+        """Have done with the pool of a stream; it is given back once nobody looks at it."""
+        self._dropped.append(self._held.pop(stream))
+        self._settle()
+
+    def _settle(self) -> None:
+        for buffer in [b for b in self._dropped if not b.lent]:
+            self._dropped.remove(buffer)
+            self._thread.give_back(buffer)
 
 
 def _last_two(order_of: Callable[[int], Order]) -> Callable[[int], Order]:

@@ -224,6 +224,8 @@ class _HostSink:
         self._device, self._dtype = device, dtype
         self._affine = None if pair is None else (pair[0].cpu(), pair[1].cpu())
         bits = np.uint16 if dtype is torch.bfloat16 else _DTYPES[dtype]
+        same = str(dtype) == f"torch.{self._stored}"
+        self._lends = same and pair is None and device.type == "cpu"
         self._recycler = Recycler(selection.width, bits)
 
     def begin(self, rows: int) -> None:
@@ -261,6 +263,17 @@ class _HostSink:
         )
         del self._acts, self._item, self._token
         return Batch(acts=acts, item=item, token=token, slices=self._slices)
+
+    def lend(self, buffer: Buffer, start: int, stop: int) -> Batch | None:
+        """See `actstore.batching.Sink.lend`."""
+        if not self._lends or not buffer.lendable:
+            return None
+        return Batch(
+            acts=_as_stored(buffer.values[start:stop], self._stored),
+            item=torch.from_numpy(buffer.item[start:stop].copy()),
+            token=torch.from_numpy(buffer.token[start:stop].copy()),
+            slices=self._slices,
+        )
 
 
 def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
@@ -338,3 +351,6 @@ class _DeviceSink:
             token=torch.cat(self._token),
             slices=self._slices,
         )
+
+    def lend(self, buffer: Buffer, start: int, stop: int) -> None:
+        """Lend nothing: slices of a copy would keep the whole of it on the device."""

@@ -4,10 +4,12 @@ Memory is `buffers` pools, allocated once and reused: memory touched for the fir
 times as much as memory that was used before.
 """
 
+import concurrent.futures
 import functools
 import queue
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +41,7 @@ class Buffer:
 
     def __init__(self, selection: Selection, rows: int, make: Allocate) -> None:
         dtype = layout.storage_dtype(selection.store.manifest.dtype)
+        self._make = make
         self.values: Shaped[np.ndarray, "row channel"] = make((rows, selection.width), dtype)
         self.item: Int64[np.ndarray, " row"] = make((rows,), np.dtype(np.int64))
         self.token: Int32[np.ndarray, " row"] = make((rows,), np.dtype(np.int32))
@@ -54,6 +57,22 @@ class Buffer:
         self.extra: Any = None
         """Whatever `after_fill` left, for example a copy on a device."""
 
+    @property
+    def lendable(self) -> bool:
+        """Whether views of the values can be counted: their base is the array itself."""
+        return self.values.base is None
+
+    @property
+    def lent(self) -> bool:
+        """Whether somebody outside looks at the values."""
+        # seen by the attribute and by the argument
+        return self.lendable and sys.getrefcount(self.values) > 2
+
+    def renew(self) -> None:
+        """Leave the values to whoever looks at them, and take fresh memory."""
+        self.values = self._make(self.values.shape, self.values.dtype)
+        self.address = self.values.ctypes.data
+
 
 class Target(NamedTuple):
     """What a request's bytes are."""
@@ -67,6 +86,23 @@ class Target(NamedTuple):
     """Which items of the stripe; None for the first ones."""
     direct: bool
     """Whether every cell of the bytes is a row, in the order of the rows."""
+
+
+class Plan(NamedTuple):
+    """What is known of a pool before it is read; it is read once, into one buffer."""
+
+    key: tuple[int, int]
+    """Epoch and number of the pool."""
+    requests: list[Request]
+    """What to read, by object and offset."""
+    place: Int64[np.ndarray, " row"]
+    """See `Buffer.place`."""
+    scatter: list[UInt64[np.ndarray, "row 2"]]
+    """`Buffer.vectors`, for a buffer at address 0."""
+    item: Int64[np.ndarray, " row"]
+    """Store position of every row, in the order in which they are given out."""
+    token: Int32[np.ndarray, " row"]
+    """Token number of every row."""
 
 
 class Filler:
@@ -92,7 +128,7 @@ class Filler:
         """Give up files and threads."""
         self._ranges.close()
 
-    def requests(self, pool: Pool) -> list[Request]:
+    def _requests(self, pool: Pool) -> list[Request]:
         """Return what has to be read for a pool, by object and offset."""
         selection, size = self._selection, self._manifest.items_per_part
         parts = selection.parts[pool.part].tolist()
@@ -128,36 +164,41 @@ class Filler:
         whole = len(stripe.tokens) == column.width == array.stripe_tokens
         return stripe, array, offset, length, whole
 
-    def fill(
-        self,
-        buffer: Buffer,
-        pool: Pool,
-        order: Int64[np.ndarray, " row"],
-        requests: list[Request],
-        upcoming: list[Request],
-    ) -> None:
-        """Read a pool into a buffer; row ``order[i]`` of the pool goes to row i."""
-        self._label(buffer, pool, order)
+    def plan(self, order: Order, epoch: int, index: int) -> "Plan":
+        """Return all that can be said of a pool before there is memory for it."""
+        pool = order.pool(index)
+        n = pool.rows
+        shuffled = order.permutation(index, n)
+        place = np.empty(n, dtype=np.int64)
+        place[shuffled] = np.arange(n, dtype=np.int64)
+        size, stride = self._dtype.itemsize, self._selection.width * self._dtype.itemsize
+        scatter = [
+            vectors(s.start * size, place, stride, (s.stop - s.start) * size)
+            for s in self._selection.slices.values()
+        ]
+        item, token = self._labels(pool, shuffled)
+        return Plan((epoch, index), self._requests(pool), place, scatter, item, token)
+
+    def fill(self, buffer: Buffer, plan: "Plan", upcoming: Sequence[Request] = ()) -> None:
+        """Read a pool into a buffer; `upcoming` requests are probably those of the next one."""
+        n = len(plan.place)
+        buffer.key, buffer.rows, buffer.place = plan.key, n, plan.place
+        buffer.item[:n], buffer.token[:n] = plan.item, plan.token
+        buffer.vectors = plan.scatter
+        for scatter in plan.scatter:
+            scatter[:, 0] += np.uint64(buffer.address)
         self._ranges.read(
-            requests,
+            plan.requests,
             functools.partial(self._place, buffer),
             functools.partial(self._done, buffer),
             upcoming,
         )
 
-    def _label(self, buffer: Buffer, pool: Pool, order: Int64[np.ndarray, " row"]) -> None:
-        """Write where every row goes, and its item and token."""
+    def _labels(
+        self, pool: Pool, order: Int64[np.ndarray, " row"]
+    ) -> tuple[Int64[np.ndarray, " row"], Int32[np.ndarray, " row"]]:
+        """Return item and token of every row, in the order in which they are given out."""
         selection, n = self._selection, pool.rows
-        buffer.rows = n
-        buffer.place = np.empty(n, dtype=np.int64)
-        buffer.place[order] = np.arange(n, dtype=np.int64)
-        size, stride = self._dtype.itemsize, self._selection.width * self._dtype.itemsize
-        buffer.vectors = [
-            vectors(
-                buffer.address + s.start * size, buffer.place, stride, (s.stop - s.start) * size
-            )
-            for s in selection.slices.values()
-        ]
         edges, lengths = pool.offset, np.diff(pool.offset)
         widths = self._widths[pool.column]
         start = selection.parts[pool.part] * self._manifest.items_per_part
@@ -174,8 +215,7 @@ class Filler:
                     item[rows] = chosen[item[rows]]
         item += np.repeat(start, lengths)
         token = self._tokens[np.repeat(self._first_token[pool.column], lengths) + slot]
-        np.take(item, order, out=buffer.item[:n], mode="clip")
-        np.take(token, order, out=buffer.token[:n], mode="clip")
+        return item[order], token[order]
 
     def _place(self, buffer: Buffer, request: Request) -> UInt64[np.ndarray, "n 2"] | None:
         target: Target = request.tag
@@ -277,29 +317,25 @@ def _run(
     stop: threading.Event,
     after_fill: Callable[[Buffer], None] | None,
 ) -> None:
+    # pools are planned while others are read: sorting keys takes a tenth as long as reading
+    planner = concurrent.futures.ThreadPoolExecutor(1, "actstore-plan")
     try:
-        plans = _plans(filler, loads)
+        plans = (filler.plan(*load) for load in loads)
         now = next(plans, None)
+        following = planner.submit(next, plans, None)
         while now is not None:
-            key, pool, order, requests = now
-            now = next(plans, None)
+            later = planner.submit(next, plans, None)
             buffer = free.get()
             if buffer is None or stop.is_set():
                 return
-            filler.fill(buffer, pool, order, requests, now[3] if now else [])
-            buffer.key = key
+            soon = following.result() if following.done() else None  # the first one may not be
+            filler.fill(buffer, now, soon.requests if soon else ())
             if after_fill is not None:
                 after_fill(buffer)
             full.put(buffer)
+            now, following = following.result(), later
     except BaseException as error:  # handed to the consumer, which raises it
         full.put(error)
     finally:
+        planner.shutdown()
         filler.close()
-
-
-def _plans(
-    filler: Filler, loads: Iterator[tuple[Order, int, int]]
-) -> Iterator[tuple[tuple[int, int], Pool, Int64[np.ndarray, " row"], list[Request]]]:
-    for order, epoch, index in loads:
-        pool = order.pool(index)
-        yield (epoch, index), pool, order.permutation(index, pool.rows), filler.requests(pool)

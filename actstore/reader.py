@@ -37,6 +37,7 @@ class NumpySink:
         self._slices = selection.slices
         self._widen = dequantiser(selection)
         self._stored = selection.store.manifest.dtype
+        self._lends = self._stored == np.dtype(dtype).name
         self._recycler = Recycler(selection.width, dtype)
 
     def begin(self, rows: int) -> None:
@@ -66,6 +67,17 @@ class NumpySink:
         batch = Batch(acts=self._acts, item=self._item, token=self._token, slices=self._slices)
         del self._acts, self._item, self._token
         return batch
+
+    def lend(self, buffer: Buffer, start: int, stop: int) -> Batch | None:
+        """See `Sink.lend`."""
+        if not self._lends or not buffer.lendable:
+            return None
+        return Batch(
+            acts=buffer.values[start:stop],
+            item=buffer.item[start:stop].copy(),
+            token=buffer.token[start:stop].copy(),
+            slices=self._slices,
+        )
 
 
 def pool_batches(tokens: int) -> int:

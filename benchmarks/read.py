@@ -126,12 +126,11 @@ def resume_ratio(store: Store, rng: np.random.Generator) -> tuple[float, float]:
     selection = Selection(store, SITE, tokens="patch")
     order = epochs_of(selection, BATCH, seed=0, streams=1)(0)
     filler = Filler(selection, check=False)
-    pool = order.pool(int(rng.integers(order.pools)))
+    pool = int(rng.integers(order.pools))
     gc.collect()
     begin = time.perf_counter()
     buffer = Buffer(selection, order.max_pool_rows, allocate)
-    shuffled = order.permutation(pool.index, pool.rows)
-    filler.fill(buffer, pool, shuffled, filler.requests(pool), [])
+    filler.fill(buffer, filler.plan(order, 0, pool))
     one_pool = time.perf_counter() - begin
     filler.close()
     del buffer

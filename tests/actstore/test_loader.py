@@ -175,6 +175,24 @@ def test_tensors_survive_the_loader(store: Store) -> None:
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
+@pytest.mark.parametrize("stored", ["float16", "float32", "bfloat16"])
+def test_tensors_of_the_stored_dtype_share_the_memory_of_the_pools(
+    tmp_path: Path, stored: str
+) -> None:
+    store = build(tmp_path / "a", [64] * 4, size=64, tokens=8, dtype=stored)
+    dtype = getattr(torch, stored)
+    places = [b.acts.data_ptr() for b in TokenLoader(store, "s0", 50, dtype=dtype, epochs=1)]
+    assert len(set(places)) > 40  # one memory for every copy would give 4
+    rows, seen = torch.zeros(0, 2, dtype=torch.int64), 0
+    for b in TokenLoader(store, "s0", 50, dtype=dtype, epochs=1):
+        want = torch.from_numpy(expected(0, b.item.numpy(), b.token.numpy(), 4)).to(dtype)
+        assert torch.equal(b.acts, want)
+        b.acts.zero_()  # a row is given out once: whoever has it may write to it
+        rows = torch.cat([rows, torch.stack([b.item, b.token.long()], 1)])
+        seen += len(b)
+    assert seen == 64 * 4 * 9 == len(rows.unique(dim=0))
+
+
 def test_bad_arguments(store: Store) -> None:
     with pytest.raises(ValueError, match="floating point"):
         TokenLoader(store, "s0", 10, dtype=torch.int32)
