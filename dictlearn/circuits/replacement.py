@@ -30,7 +30,12 @@ if TYPE_CHECKING:
     from vitmodels.model import VisionModel
 
 READOUTS = ("final", "pooled", "projection", "logits")
-"""Sites behind the blocks that a readout may look at, where the model has them."""
+"""Sites behind the blocks that a readout may look at, where the model has them; besides, the last
+block's ``resid_post``."""
+
+_BENT, _ROUNDING, _OFF = 3e-5, 3e-6, 1e-3
+"""What counts as affine: curvature over movement (float32 has 1e-6, a GELU behind a LayerScale of
+1e-4 has 1e-4), curvature over the value itself; and as equal to the model."""
 
 Outs = Callable[[int, list[Tensor]], Tensor]
 """(layer, ``mlp_in`` of the layers up to it) -> what the layer's MLP gives, [B, T, D]."""
@@ -79,7 +84,7 @@ class Replacement:
     bias: tuple[Float[Tensor, "t d"], ...]
     """Decoder biases that go into every layer's ``mlp_out``."""
     values: dict[str, Tensor]
-    """The sites of `READOUTS` that the model has, [1, ...]."""
+    """The sites that a readout may look at, [1, ...]."""
     affine: tuple[str, ...]
     """Those of them that are affine in the stream with everything held fixed."""
 
@@ -208,6 +213,11 @@ def check_model(model: VisionModel) -> None:
     tokens = model.spec.grid.n_tokens
     if "embed" not in infos:
         raise ValueError(f"{model.spec.id} cannot be traced: it has no site embed")
+    if infos["embed"].shape[0] != tokens:
+        raise ValueError(
+            f"{model.spec.id} (family {model.spec.family}) cannot be traced: it begins with "
+            f"{infos['embed'].shape[0]} tokens and ends with {tokens}"
+        )
     for layer in range(model.spec.n_layers):
         for part, why in (
             ("pattern", "attention patterns must be held fixed"),
@@ -235,7 +245,8 @@ def check_model(model: VisionModel) -> None:
 def _measure(model: VisionModel, parts: Transcoders, x: Tensor) -> Replacement:
     """Run the model once, and encode what its MLPs read."""
     n_layers = model.spec.n_layers
-    behind = [site for site in READOUTS if site in model.sites()]
+    last = f"blocks.{n_layers - 1}.resid_post"
+    behind = [site for site in (last, *READOUTS) if site in model.sites()]
     blocks = [
         f"blocks.{i}.{part}" for i in range(n_layers) for part in ("pattern", "mlp_in", "mlp_out")
     ]
@@ -292,7 +303,7 @@ def _content(model: VisionModel, embed: Tensor, patches: Tensor | None) -> Tenso
     return content
 
 
-def _affine_sites(made: Replacement, tolerance: float = 1e-3) -> tuple[str, ...]:
+def _affine_sites(made: Replacement) -> tuple[str, ...]:
     """Return the readout sites that are affine; refuse a model whose blocks are not.
 
     An affine F has ``F(z) - F(z + u) - F(z + v) + F(z + u + v) = 0`` for any u and v.
@@ -313,13 +324,13 @@ def _affine_sites(made: Replacement, tolerance: float = 1e-3) -> tuple[str, ...]
         f = value.double()
         moved = (f[1] - f[0]).abs().max() + (f[2] - f[0]).abs().max()
         bent = (f[0] - f[1] - f[2] + f[3]).abs().max()
-        good = bool(bent <= tolerance * moved.clamp(min=1e-6))
+        good = bool(bent <= _BENT * moved + _ROUNDING * f.abs().max())
         if site in made.values:
             behind += [site] if good else []
             continue
         layer = blocks.index(site)
         off = (f[0] - made.mlp_in[layer].double()).abs().max()
-        same = bool(off <= tolerance * made.mlp_in[layer].abs().max().clamp(min=1e-6))
+        same = bool(off <= _OFF * made.mlp_in[layer].abs().max().clamp(min=1e-6))
         if not (good and same):
             what = (
                 "is not affine in the stream once attention patterns and norms are held fixed"
