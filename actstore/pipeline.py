@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from actstore.commit import Commit
 from actstore.manifest import Manifest
-from actstore.storage import Storage
+from actstore.storage import LocalStorage, Storage
 from actstore.writer import PartBuffer, write_part
 
 IO_THREADS = 4
@@ -40,8 +40,11 @@ class PartPipeline:
         self._unborn = buffers
         self._free: deque[PartBuffer] = deque()
         self._writing: deque[tuple[int, PartBuffer, Future[Commit]]] = deque()
-        self._order = ThreadPoolExecutor(1, "commit")
-        self._io = ThreadPoolExecutor(IO_THREADS, "write")
+        # One part at a time keeps a disk busy; an object store idles while small objects and the
+        # record of a part make their round trips, unless the next part is on its way.
+        local = isinstance(storage, LocalStorage)
+        self._order = ThreadPoolExecutor(1 if local else buffers, "commit")
+        self._io = ThreadPoolExecutor(IO_THREADS if local else 2 * IO_THREADS, "write")
 
     def __enter__(self) -> Self:
         return self

@@ -8,11 +8,13 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import obstore
 from obstore import exceptions
 from obstore.store import S3Store
 
+from actstore.credentials import public, refuse_credentials
 from actstore.storage import Buffer
 
 PUT_CHUNK = 16 << 20
@@ -22,19 +24,20 @@ TIMEOUT = "60s"
 """Longest time of one request."""
 
 RETRIES = 8
-"""Attempts of a request that the server throttles or drops."""
+"""Further attempts of a request that the server throttles or drops, with growing pauses."""
 
 
 class S3Storage:
     """Objects below a prefix of a bucket."""
 
     def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
-        self.url = url
+        self.url = refuse_credentials(url)
         self._options = dict(options or {})
         self._bucket, _, prefix = url.partition("://")[2].partition("/")
         self._prefix = prefix.strip("/")
         if not self._bucket:
             raise ValueError(f"{url} names no bucket; a store on S3 is s3://bucket/folder")
+        self._retries = int(self._options.get("retries", RETRIES))
         config: Any = obstore_config(self._options)
         client: Any = _client(self._options)
         self._store = S3Store(
@@ -43,7 +46,7 @@ class S3Storage:
             config=config,
             client_options=client,
             retry_config={
-                "max_retries": int(self._options.get("retries", RETRIES)),
+                "max_retries": self._retries,
                 "backoff": {"init_backoff": _seconds(0.1), "max_backoff": _seconds(10)},
                 "retry_timeout": _seconds(180),
             },
@@ -115,7 +118,8 @@ class S3Storage:
     @contextlib.contextmanager
     def _translated(self, path: str) -> Iterator[None]:
         """Raise Python's own errors, with what to do and without what the server said."""
-        endpoint = endpoint_of(self._options) or "Amazon S3"
+        endpoint = public(endpoint_of(self._options) or "Amazon S3")
+        attempts = self._retries + 1
         try:
             yield
         except exceptions.AlreadyExistsError:
@@ -130,10 +134,10 @@ class S3Storage:
                 ) from None
             raise FileNotFoundError(f"{self.uri(path)} does not exist") from None
         except (exceptions.BaseError, OSError) as error:
-            raise _classified(str(error), self.uri(path), endpoint) from None
+            raise _classified(str(error), self.uri(path), endpoint, attempts) from None
 
 
-def _classified(text: str, uri: str, endpoint: str) -> OSError:
+def _classified(text: str, uri: str, endpoint: str, attempts: int) -> OSError:
     """Return the error that a message of the client means."""
     lower = text.lower()
     if "expiredtoken" in lower or "token has expired" in lower or "requestexpired" in lower:
@@ -149,7 +153,7 @@ def _classified(text: str, uri: str, endpoint: str) -> OSError:
         )
     if any(word in lower for word in ("slowdown", "slow down", "429", "throttl", "too many")):
         return OSError(
-            f"{uri}: {endpoint} throttles requests and {RETRIES} attempts did not help; run the "
+            f"{uri}: {endpoint} throttles requests and {attempts} attempts did not help; run the "
             "same command again later, with fewer workers"
         )
     if "timed out" in lower:
@@ -196,9 +200,20 @@ def obstore_config(options: Mapping[str, Any]) -> dict[str, Any]:
         "secret_access_key": options.get("secret"),
         "session_token": options.get("token"),
         "skip_signature": True if options.get("anon") else None,
+        "unsigned_payload": True if _private(endpoint_of(options)) else None,
         "region": client.get("region_name") or os.environ.get("AWS_REGION") or "us-east-1",
     }
     return {name: value for name, value in named.items() if value is not None}
+
+
+def _private(endpoint: str | None) -> bool:
+    """Whether nobody between here and the server can change what is sent.
+
+    TLS, and an address of this machine, protect the bytes of an upload already; signing them,
+    a SHA-256 over all of them, costs three times as much as sending them.
+    """
+    host = urlsplit(endpoint or "https://")
+    return host.scheme == "https" or host.hostname in ("localhost", "127.0.0.1", "::1")
 
 
 def _client(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Shaped
 
+from actstore.credentials import public
+
 Buffer = Any
 """Anything `memoryview` accepts with contiguous bytes."""
 
@@ -244,5 +246,6 @@ def open_storage(url: str | os.PathLike[str], options: Mapping[str, Any] | None 
             raise ValueError(f"{text}: S3 needs `pip install 'actstore[s3]'`") from None
         return S3Storage(text, options)
     raise ValueError(
-        f"{text}: a store lies in a local folder or on S3; scheme {scheme!r} is not supported"
+        f"{public(text)}: a store lies in a local folder or on S3; scheme {scheme!r} is not "
+        "supported"
     )

@@ -7,6 +7,7 @@ import fsspec
 from PIL import Image
 
 from actstore.sources.base import Undecodable, decode_image, digest
+from actstore.sources.places import absolute
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
@@ -22,7 +23,7 @@ class Folder:
     """
 
     def __init__(self, url: str, storage_options: dict[str, Any] | None = None) -> None:
-        self._url = os.path.abspath(url) if "://" not in url else url
+        self._url = absolute(url)
         self._fs, root = fsspec.core.url_to_fs(self._url, **(storage_options or {}))
         root = root.rstrip("/")
         found = self._fs.find(root, detail=True)

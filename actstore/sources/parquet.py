@@ -14,6 +14,7 @@ from PIL import Image
 
 from actstore.index import SCHEMA
 from actstore.sources.base import Undecodable, decode_image, digest
+from actstore.sources.places import absolute
 
 CACHE_BYTES = 256 << 20
 """Room for decompressed row groups, in bytes; at least the newest one is kept."""
@@ -33,7 +34,7 @@ class Parquet:
         *,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self._url = url if "://" in url else os.path.abspath(url)
+        self._url = absolute(url)
         self._fs, path = fsspec.core.url_to_fs(self._url, **(storage_options or {}))
         self._paths = self._expand(path)
         self._files: list[pq.ParquetFile] = []

@@ -5,14 +5,14 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 import fsspec
+
+from actstore.credentials import refuse_credentials
 
 MAX_FILES = 1_000_000
 """A brace pattern that stands for more files is refused."""
 
-_SECRET = re.compile(r"(?i)(?:^|[&_-])(?:signature|sig|token|secret|credential|password|key)=")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
@@ -26,27 +26,7 @@ def absolute(url: str) -> str:
     """
     if "://" not in url:
         return os.path.abspath(url)
-    if public(url) != url:
-        raise ValueError(
-            f"the URL {public(url)} holds credentials, which would get into the store: give them "
-            "as storage options or in the environment"
-        )
-    return url
-
-
-def public(url: str) -> str:
-    """Return a URL without its password or the query of a signed request, if it has one."""
-    if "://" not in url:
-        return url
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return url.partition("?")[0]
-    signed = _SECRET.search(parts.query)
-    host = parts.netloc.rpartition("@")[2] if parts.password else parts.netloc
-    if not signed and host == parts.netloc:
-        return url
-    return f"{parts.scheme}://{host}{parts.path}"
+    return refuse_credentials(url)
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -16,9 +16,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from PIL import Image
 
+from actstore.credentials import public
 from actstore.index import SCHEMA
 from actstore.sources.base import Undecodable, decode_image, digest
-from actstore.sources.places import absolute, find_files, public
+from actstore.sources.places import absolute, find_files
 
 NAMES = ("path", "url", "file_name")
 """Columns that name the image; the first there is counts."""

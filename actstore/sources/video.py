@@ -8,7 +8,9 @@ from urllib.parse import parse_qsl
 
 import fsspec
 
+from actstore.credentials import public
 from actstore.sources.base import Undecodable, digest
+from actstore.sources.places import absolute
 from vitmodels.clips import EXTENSIONS, Clip, ClipSampling, read_clip
 
 PREFIX = "video:"
@@ -42,7 +44,7 @@ class VideoFolder:
         url = os.fspath(url)
         self.sampling = sampling or ClipSampling(frames=1)
         self._frames_known = sampling is not None
-        self._url = os.path.abspath(url) if "://" not in url else url
+        self._url = absolute(url)
         self._fs, root = fsspec.core.url_to_fs(self._url, **dict(storage_options or {}))
         root = root.rstrip("/")
         found = self._fs.find(root, detail=True)
@@ -82,10 +84,11 @@ class VideoFolder:
         for name, value in parse_qsl(query, keep_blank_values=True):
             if name not in fields:
                 raise ValueError(
-                    f"{text!r}: no option {name!r}; options of clips are {', '.join(fields)}"
+                    f"{PREFIX}{public(url)}: no option {name!r}; options of clips are "
+                    f"{', '.join(fields)}"
                 )
             if name != "strategy" and not value.isdecimal():
-                raise ValueError(f"{text!r}: {name} must be a number, not {value!r}")
+                raise ValueError(f"{PREFIX}{public(url)}: {name} must be a number, not {value!r}")
             options[name] = value if name == "strategy" else int(value)
         source = cls(url, ClipSampling(**{"frames": 1, **options}), storage_options)
         source._frames_known = "frames" in options

@@ -132,13 +132,13 @@ def test_errors_say_what_is_wrong_and_no_secret(s3, url, change, error, message)
     ("text", "error", "message"),
     [
         ("<Code>ExpiredToken</Code>", PermissionError, "credentials have expired"),
-        ("503 <Code>SlowDown</Code>", OSError, "throttles requests"),
+        ("503 <Code>SlowDown</Code>", OSError, "throttles requests and 3 attempts did not help"),
         ("operation timed out", TimeoutError, "did not answer within 60s"),
         ("<Code>InternalError</Code> key=AKIA", OSError, "a request to here failed"),
     ],
 )
 def test_answers_that_a_healthy_server_does_not_give(text, error, message):
-    found = _classified(text, "s3://b/x", "here")
+    found = _classified(text, "s3://b/x", "here", 3)
     assert type(found) is error
     assert message in str(found)
     assert "AKIA" not in str(found)

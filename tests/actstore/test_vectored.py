@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from actstore import ranges, vectored
-from actstore.ranges import LocalRanges, Request, StorageRanges, ThreadedRanges
+from actstore.ranges import LocalRanges, Request, ThreadedRanges
+from actstore.remote_ranges import StorageRanges
 from actstore.storage import LocalStorage
 
 pytestmark = pytest.mark.skipif(not vectored.AVAILABLE, reason="no preadv2 on this platform")
