@@ -1,0 +1,162 @@
+"""Trace the circuit of a digit, and check it by taking it away.
+
+    python examples/trace_a_digit.py --digit 3
+
+Trains a transcoder for each of the four layers of a toy from one store, traces some pictures of the
+digit, adds up the influence of every latent, and ablates the most influential ones in the model
+itself, on pictures that neither the transcoders nor the graphs have seen. The control ablates as
+many random latents of those that are active on the digit, several times.
+"""
+
+import argparse
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import actstore
+import dictlearn
+import vitmodels
+from actstore.selection import Split
+from actstore.sources.digits import Digits
+from dictlearn.circuits.graph import Graph
+from dictlearn.circuits.pruning import latent_influence, prune
+from dictlearn.circuits.replacement import replacement
+from dictlearn.circuits.replacement_parts import Transcoders, transcoders
+from dictlearn.circuits.tracing import class_readouts, trace
+from dictlearn.circuits.tracing_effects import ablation
+
+Latents = list[tuple[int, int]]
+
+
+def train(args: argparse.Namespace, model: vitmodels.VisionModel) -> Transcoders:
+    """Harvest what the MLPs read and write, and train a transcoder a layer from one read."""
+    store = actstore.harvest(
+        model=model,
+        data="digits",
+        sites="blocks.*.mlp_in,blocks.*.mlp_out",
+        tokens="cls,patch",
+        limit=args.limit,
+        out=f"{args.out}/acts.zarr",
+    )
+    dictionaries = [
+        dictlearn.Dictionary(
+            {f"blocks.{layer}.mlp_in": model.spec.d_model},
+            {f"blocks.{layer}.mlp_out": model.spec.d_model},
+            latents=args.expansion * model.spec.d_model,
+            sparsify=dictlearn.TopK(args.k),
+            seed=layer,
+        )
+        for layer in range(model.spec.n_layers)
+    ]
+    config = dictlearn.TrainConfig(
+        steps=args.steps, batch_size=2048, tokens="cls,patch", holdout=0.1, lr=2e-3
+    )
+    dictlearn.train(store, dictionaries, config, out=f"{args.out}/transcoders")
+    held_out = Split(half="validation", holdout=config.holdout, seed=config.split_seed)
+    for layer, dictionary in enumerate(dictionaries):
+        report = dictlearn.evaluate(dictionary, store, tokens="cls,patch", items=held_out)
+        print(f"layer {layer}: FVU {report.fvu:.3f}, L0 {report.l0:.1f}, dead {report.dead:.1%}")
+    return transcoders(model, f"{args.out}/transcoders")
+
+
+def accuracy(
+    model: vitmodels.VisionModel, x_BCHW: Tensor, label_B: Tensor, parts: Transcoders, gone: Latents
+) -> Tensor:
+    """Return the share of right answers for each digit, [10], with some latents ablated."""
+    by_layer: dict[int, list[int]] = {}
+    for layer, latent in gone:
+        by_layer.setdefault(layer, []).append(latent)
+    with torch.no_grad(), model.editing(ablation(parts, by_layer)):
+        right_B = (model(x_BCHW).argmax(1) == label_B).float()
+    return torch.stack([right_B[label_B == digit].mean() for digit in range(10)])
+
+
+def circuit(graphs: Iterable[Graph]) -> dict[tuple[int, int], float]:
+    """Return the mean influence of every (layer, latent) over several graphs, largest first."""
+    total: dict[tuple[int, int], float] = {}
+    for graph in graphs:
+        for key, value in latent_influence(graph).items():
+            total[key] = total.get(key, 0.0) + value
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def report(digit: int, names: Mapping[str, Tensor], controls: Tensor) -> None:
+    """Print the accuracy on the digit and on the others, for each condition."""
+    others = [d for d in range(10) if d != digit]
+    for name, acc in names.items():
+        print(f"{name:<34} {acc[digit]:6.1%} on {digit}s, {acc[others].mean():6.1%} on the others")
+    mine, rest = controls[:, digit], controls[:, others].mean(1)
+    print(
+        f"{'random active latents':<34} {mine.mean():6.1%} on {digit}s "
+        f"(worst {mine.min():.1%} of {len(mine)} draws), {rest.mean():6.1%} on the others"
+    )
+
+
+def main() -> None:
+    """Train, trace, ablate."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--digit", type=int, default=3)
+    parser.add_argument("--model", default="toy/digits-4l")
+    parser.add_argument("--expansion", type=int, default=8)
+    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--limit", type=int, help="items harvested")
+    parser.add_argument("--pictures", type=int, default=12, help="pictures of the digit to trace")
+    parser.add_argument("--ablate", type=int, default=16, help="latents to take away")
+    parser.add_argument("--draws", type=int, default=20, help="random controls")
+    parser.add_argument("--out", default="trace-a-digit")
+    parser.add_argument("--toy", action="store_true", help="half a minute, to see that it runs")
+    args = parser.parse_args()
+    if args.toy:
+        args.limit, args.steps, args.pictures, args.draws = 1000, 60, 2, 3
+
+    model = vitmodels.load(args.model)
+    parts = train(args, model)
+
+    digits = Digits()
+    x = torch.stack([model.transform(digits.image(i)) for i in range(len(digits))])
+    label = torch.tensor([digits.row(i)["label"] for i in range(len(digits))])
+    unseen = torch.from_numpy(np.arange(len(x)) % 5 == 4)  # the toys were not trained on these
+    mine = torch.nonzero((label == args.digit) & ~unseen).flatten().tolist()
+
+    graphs = []
+    for index in mine[: args.pictures]:
+        made = replacement(model, parts, x[index])
+        item = {"position": index, "label": args.digit}
+        graphs.append(trace(made, class_readouts(made, [args.digit]), item=item))
+    keys = ("replacement", "completeness", "residual")
+    means = {key: float(np.mean([graph.scores[key] for graph in graphs])) for key in keys}
+    print(", ".join(f"{key} {value:.2g}" for key, value in means.items()))
+    small = prune(graphs[0])
+    small.save(Path(args.out) / "graph.json")
+    print(
+        f"{len(graphs[0].nodes)} nodes and {graphs[0].n_edges} edges, pruned to "
+        f"{len(small.nodes)} and {small.n_edges}: {args.out}/graph.json"
+    )
+
+    ranked = circuit(graphs)
+    chosen = list(ranked)[: args.ablate]
+    rng = np.random.default_rng(0)
+    active = list(ranked)
+    draws = [
+        [active[i] for i in rng.choice(len(active), len(chosen), replace=False)]
+        for _ in range(args.draws)
+    ]
+    held = (x[unseen], label[unseen])
+    controls = torch.stack([accuracy(model, *held, parts, gone) for gone in draws])
+    print(f"{len(active)} latents are active on the {len(graphs)} pictures of a {args.digit}")
+    report(
+        args.digit,
+        {
+            "nothing ablated": accuracy(model, *held, parts, []),
+            f"{len(chosen)} latents of the circuit": accuracy(model, *held, parts, chosen),
+        },
+        controls,
+    )
+
+
+if __name__ == "__main__":
+    main()
