@@ -61,24 +61,29 @@ def main(config: Config) -> int:
         total = sum(p.stat().st_size for p in paths) / 1e9
         result = {}
         for how in ("warm", "cold"):
-            ours, limit = [], []
+            ours, limit, ours_cpu, limit_cpu = [], [], [], []
             for _ in range(config.rounds):
                 sequential(paths)
                 if how == "cold":
                     forget(paths)
+                cpu = time.process_time()
                 limit.append(sequential(paths))
+                limit_cpu.append(time.process_time() - cpu)
                 if how == "cold":
                     forget(paths)
-                start = time.perf_counter()
+                start, cpu = time.perf_counter(), time.process_time()
                 if verify(store):
                     raise RuntimeError("a sound store has problems")
                 ours.append(time.perf_counter() - start)
+                ours_cpu.append(time.process_time() - cpu)
             result[how] = {
                 "verify_gb_s": round(total / median(ours), 2),
                 "sequential_gb_s": round(total / median(limit), 2),
-                "ratio": round(median(limit) / median(ours), 2),
+                "ratio": round(median(a / b for a, b in zip(limit, ours, strict=True)), 2),
+                "cpu_ratio": round(median(limit_cpu) / median(ours_cpu), 2),
             }
-    print(json.dumps({"gigabytes": round(total, 2), **result}))
+    load = os.getloadavg()[0]
+    print(json.dumps({"gigabytes": round(total, 2), "load": round(load, 1), **result}))
     return 0
 
 

@@ -1,3 +1,4 @@
+import errno
 import os
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 from fake_model import FakeModel, harvest_digits
 
 import actstore
+from actstore.crc import crc32c, crc32c_of_file
 from actstore.manifest import FormatError
 from actstore.sources import open_source
 from actstore.verify import skipped, verify, verify_against_model
@@ -63,6 +65,27 @@ def test_every_byte_counts(store):
             assert [p.path for p in verify(store)] == [path]
             flip(full, offset)
     assert verify(store) == []
+
+
+@pytest.mark.parametrize("room", [1, 7, 1000, 5000])
+def test_the_sum_of_a_file_does_not_depend_on_the_pieces(tmp_path, room):
+    data = np.random.default_rng(room).bytes(3001)
+    (tmp_path / "f").write_bytes(data)
+    assert crc32c_of_file(str(tmp_path / "f"), bytearray(room)) == crc32c(data)
+
+
+def test_an_object_that_cannot_be_read_is_named(store, monkeypatch):
+    shard = store.shard(SITE, "patch", 3).uri
+
+    def failing(path, memory):
+        if path == shard:
+            raise OSError(errno.EIO, "Input/output error")
+        return crc32c_of_file(path, memory)
+
+    monkeypatch.setattr("actstore.verify.crc32c_of_file", failing)
+    problem = only(store)
+    assert (problem.part, problem.path) == (3, f"acts/{SITE}/patch/c.3.0.0")
+    assert "cannot be read: [Errno 5] Input/output error" in problem.what
 
 
 def test_a_truncated_object(store):
