@@ -12,7 +12,9 @@ from typing import Any
 __all__ = [
     "ablate",
     "activation_patching",
+    "attribute_logits",
     "attribution_patching",
+    "logit_lens",
     "patch_paths",
 ]
 
@@ -20,11 +22,14 @@ _WHERE = {
     "ablate": "dictlearn.circuits.ablation",
     "activation_patching": "dictlearn.circuits.patching",
     "agreement": "dictlearn.circuits.patching",
+    "attribute_logits": "dictlearn.circuits.logit_attribution",
     "attribution_patching": "dictlearn.circuits.attribution",
     "clamp": "dictlearn.circuits.steering",
     "fit_probe": "dictlearn.circuits.heads",
     "integrated_gradients": "dictlearn.circuits.attribution",
+    "fit_tuned_lens": "dictlearn.circuits.tuned_lens",
     "load_for": "dictlearn.circuits.steering",
+    "logit_lens": "dictlearn.circuits.lens",
     "patch_paths": "dictlearn.circuits.path_patching",
     "recovered": "dictlearn.circuits.patching",
     "steer": "dictlearn.circuits.steering",
