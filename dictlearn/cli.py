@@ -21,7 +21,7 @@ class Train:
     """Train dictionaries off a store, all from one read of it; the same command resumes."""
 
     store: tyro.conf.Positional[str]
-    """The store."""
+    """The store; or NAME=STORE,NAME=STORE of the same items, whose sites are then NAME.site."""
     out: Path
     """Folder of the run: log, checkpoints, dictionaries."""
     sites: str = "*"
@@ -77,9 +77,11 @@ class SparsityOf:
 
 def _handlers() -> dict[type, Callable[[Any], int]]:
     from dictlearn import commands, view
+    from dictlearn.circuits import tracing_command
 
     return {
         view.View: view.view,
+        tracing_command.Trace: tracing_command.trace_with_progress,
         Sweep: sweep_with_progress,
         Train: commands.train_with_progress,
         Eval: eval_with_progress,
@@ -89,7 +91,9 @@ def _handlers() -> dict[type, Callable[[Any], int]]:
 
 def subcommands() -> dict[str, Callable[..., Any]]:
     """Return every subcommand by name."""
+    from dictlearn.circuits.tracing_command import Trace
     from dictlearn.formats.commands import convert, pretrained
+    from dictlearn.structure_command import absorption, coactivation, structure
     from dictlearn.view import View
 
     return {
@@ -98,6 +102,10 @@ def subcommands() -> dict[str, Callable[..., Any]]:
         "eval": Eval,
         "sparsity": SparsityOf,
         "view": View,
+        "trace": Trace,
+        "structure": structure,
+        "coactivation": coactivation,
+        "absorption": absorption,
         "convert": convert,
         "pretrained": pretrained,
     }
