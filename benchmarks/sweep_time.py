@@ -1,6 +1,6 @@
 """Time of a sweep of many dictionaries from one pass against as many runs one after another.
 
-    python benchmarks/sweep_time.py --threads 2              small dictionaries, as many as a sweep has
+    python benchmarks/sweep_time.py --threads 2       16 small dictionaries
     python benchmarks/sweep_time.py --threads 2 --width 768 --expansion 8 --count 4
 
 A store of planted activations is written to a temporary folder. Each round trains the same

@@ -25,6 +25,7 @@ from dictlearn.schedule import TrainConfig
 from dictlearn.trainer import TrainEvent, train
 
 if TYPE_CHECKING:
+    from actstore.aligned import Aligned
     from actstore.store import Store
     from dictlearn.cli import SparsityOf, Train
 
@@ -72,13 +73,13 @@ def shown_by(progress: Progress, bar: TaskID) -> Callable[[TrainEvent], None]:
 
 def train_with_progress(config: Train) -> int:
     """Run ``dictlearn train``."""
-    import actstore
+    from actstore.aligned import open_aligned
     from dictlearn.distributed import Ranks, start_from_environment
 
     device = device_of(config.device)
     start_from_environment(device)
     console = Console(quiet=bool(Ranks.current().rank))
-    store = actstore.open(config.store)
+    store = open_aligned(config.store)
     dictionaries, configs, names = plan(config, store)
     for name, d in zip(names, dictionaries, strict=True):
         console.print(f"{name}: {d.config.d_read} -> {d.latents} latents, {d.config.sparsify}")
@@ -110,7 +111,9 @@ def train_with_progress(config: Train) -> int:
     return int(any(one.failed for one in done))
 
 
-def plan(config: Train, store: Store) -> tuple[list[Dictionary], list[TrainConfig], list[str]]:
+def plan(
+    config: Train, store: Store | Aligned
+) -> tuple[list[Dictionary], list[TrainConfig], list[str]]:
     """Return the dictionaries a command asks for, their configurations and names."""
     if config.config is not None:
         return _from_run(config.config)
@@ -167,7 +170,7 @@ def _from_run(path: Path) -> tuple[list[Dictionary], list[TrainConfig], list[str
     return dictionaries, configs, list(described)
 
 
-def _width(store: Store, site: str) -> int:
+def _width(store: Store | Aligned, site: str) -> int:
     return store.spec(site, store.kinds(site)[0]).channels
 
 

@@ -10,6 +10,7 @@ from contextlib import closing
 
 import torch
 
+from actstore.aligned_loader import AlignedLoader
 from actstore.loader import TokenLoader
 from dictlearn.kernels import has_sparse_step
 from dictlearn.learner import Learner
@@ -19,7 +20,7 @@ from dictlearn.team import pair_of
 
 
 def squared_errors(
-    learners: Sequence[Learner], loader: TokenLoader, batches: int
+    learners: Sequence[Learner], loader: TokenLoader | AlignedLoader, batches: int
 ) -> dict[str, tuple[float, int]]:
     """Return the summed mean squared error, and the tokens, of the first batches, by learner."""
     sums = {learner.name: (0.0, 0) for learner in learners}
@@ -33,7 +34,9 @@ def squared_errors(
 
 
 @torch.no_grad()
-def set_thresholds(learners: Sequence[Learner], loader: TokenLoader, batches: int) -> None:
+def set_thresholds(
+    learners: Sequence[Learner], loader: TokenLoader | AlignedLoader, batches: int
+) -> None:
     """Set every BatchTopK threshold to the mean of the smallest activations kept, final weights.
 
     The paper (arXiv:2412.06410, equation 6) takes the mean over training. A running mean of that

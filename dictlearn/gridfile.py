@@ -35,6 +35,7 @@ from dictlearn.sweep import Candidate
 from vitmodels.spec import expand_sites
 
 if TYPE_CHECKING:
+    from actstore.aligned import Aligned
     from actstore.store import Store
 
 Table = Mapping[str, Any]
@@ -81,7 +82,7 @@ def read_grid(path: str | Path) -> tuple[list[Table], dict[str, Any]]:
     return tables, training
 
 
-def candidates(tables: Sequence[Table], store: Store) -> list[Candidate]:
+def candidates(tables: Sequence[Table], store: Store | Aligned) -> list[Candidate]:
     """Return every combination of every table.
 
     Raises
@@ -99,7 +100,7 @@ def candidates(tables: Sequence[Table], store: Store) -> list[Candidate]:
     return out
 
 
-def _expand(table: Table, store: Store) -> Iterator[Candidate]:
+def _expand(table: Table, store: Store | Aligned) -> Iterator[Candidate]:
     _check_keys(table)
     wirings = _wirings(table, store)
     if "expansion" in table and "latents" in table:
@@ -151,7 +152,9 @@ def _choices(table: Table, key: str, default: Any) -> list[Any]:
     return list(value)
 
 
-def _wirings(table: Table, store: Store) -> list[tuple[dict[str, int], dict[str, int] | None]]:
+def _wirings(
+    table: Table, store: Store | Aligned
+) -> list[tuple[dict[str, int], dict[str, int] | None]]:
     def found(key: str) -> dict[str, int]:
         names = expand_sites(table[key], store.sites)
         return {s: store.spec(s, store.kinds(s)[0]).channels for s in names}

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from dictlearn.dictionary import Dictionary
 
 if TYPE_CHECKING:
+    from actstore.aligned import Aligned
     from actstore.store import Store
 
 
@@ -34,7 +35,7 @@ class SiteScale:
 
 
 def site_scales(
-    store: Store, sites: Sequence[str], kinds: Sequence[str], normalize: str = "scale"
+    store: Store | Aligned, sites: Sequence[str], kinds: Sequence[str], normalize: str = "scale"
 ) -> dict[str, SiteScale]:
     """Merge the statistics of `kinds` for every site.
 
@@ -71,7 +72,7 @@ def init_from(dictionary: Dictionary, scales: Mapping[str, SiteScale]) -> None:
         dictionary.b_in.copy_(mean(dictionary.config.reads))
 
 
-def check_sites(dictionary: Dictionary, store: Store) -> None:
+def check_sites(dictionary: Dictionary, store: Store | Aligned) -> None:
     """Refuse a dictionary whose sites the store lacks, or holds in another width.
 
     Raises

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from actstore.aligned_loader import AlignedLoader
 from actstore.loader import TokenLoader
 from dictlearn.dictionary import Dictionary
 
@@ -26,7 +27,7 @@ TOKENS_PER_CENTROID = 16
 """Tokens drawn for each KMeans centroid, where an epoch has so many."""
 
 
-def start_from_data(learners: Sequence[Learner], loader: TokenLoader) -> None:
+def start_from_data(learners: Sequence[Learner], loader: TokenLoader | AlignedLoader) -> None:
     """Set the weights of those learners whose configuration asks for data.
 
     ``init_decoder="points"``: decoder rows are tokens minus b_dec, at norm 1; ``"kmeans"``: KMeans
@@ -69,7 +70,7 @@ def start_from_data(learners: Sequence[Learner], loader: TokenLoader) -> None:
         _start(learners[i], acts, loader.slices, count)
 
 
-def draw(loader: TokenLoader, count: int) -> Float[Tensor, "n _"]:
+def draw(loader: TokenLoader | AlignedLoader, count: int) -> Float[Tensor, "n _"]:
     """Return the first tokens of the shuffled batches: a uniform sample without replacement."""
     parts: list[Tensor] = []
     left = count

@@ -28,6 +28,7 @@ from dictlearn.schedule import TrainConfig
 from dictlearn.trainer import Trained, TrainEvent, train
 
 if TYPE_CHECKING:
+    from actstore.aligned import Aligned
     from actstore.store import Store
 
 
@@ -131,7 +132,7 @@ def grid(
 
 
 def sweep(
-    store: Store,
+    store: Store | Aligned,
     candidates: Sequence[Candidate],
     config: TrainConfig,
     *,
@@ -206,7 +207,7 @@ def sweep(
     return table
 
 
-def _report(one: Trained, store: Store, options: Mapping[str, Any]) -> Report:
+def _report(one: Trained, store: Store | Aligned, options: Mapping[str, Any]) -> Report:
     """Evaluate a dictionary, or read what was found before the sweep was interrupted."""
     asked = {k: repr(options[k]) for k in ("tokens", "items", "limit", "images")}
     asked["model"] = str(getattr(getattr(options["model"], "spec", None), "id", options["model"]))

@@ -21,7 +21,7 @@ class Sweep:
     """
 
     store: tyro.conf.Positional[str]
-    """The store."""
+    """The store; or NAME=STORE,NAME=STORE of the same items, whose sites are then NAME.site."""
     out: Path
     """Folder of the run: log, checkpoints, dictionaries, results."""
     grid: Path | None = None
@@ -124,13 +124,13 @@ def sweep_with_progress(config: Sweep) -> int:
     """Run ``dictlearn sweep``; 1 when a dictionary failed."""
     from rich.console import Console
 
-    import actstore
+    from actstore.aligned import open_aligned
     from dictlearn.commands import device_of, progress_bars, shown_by
     from dictlearn.distributed import Ranks, start_from_environment
     from dictlearn.gridfile import candidates
     from dictlearn.sweep import markdown, sweep
 
-    store = actstore.open(config.store)
+    store = open_aligned(config.store)
     tables, training = tables_of(config)
     chosen = candidates(tables, store)
     device = device_of(config.device)

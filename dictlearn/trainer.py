@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from actstore.aligned_loader import AlignedLoader, loader_of
 from actstore.loader import TokenLoader
 from actstore.selection import Split
 from dictlearn import checkpoint, runfile
@@ -40,6 +41,7 @@ from dictlearn.starts import start_from_data
 from dictlearn.team import Team, check_workers, threads_each
 
 if TYPE_CHECKING:
+    from actstore.aligned import Aligned
     from actstore.batching import Batch
     from actstore.store import Store
 
@@ -47,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    store: Store,
+    store: Store | Aligned,
     dictionaries: Dictionary | Sequence[Dictionary],
     config: TrainConfig | Sequence[TrainConfig] | None = None,
     *,
@@ -67,7 +69,8 @@ def train(
     Parameters
     ----------
     store
-        Any store that holds the sites of all dictionaries.
+        Any store that holds the sites of all dictionaries, or several of the same items joined by
+        `actstore.aligned.align`.
     dictionaries
         One or several, over the same sites or different ones.
     config
@@ -126,7 +129,7 @@ class _Run:
 
     def __init__(
         self,
-        store: Store,
+        store: Store | Aligned,
         dictionaries: list[Dictionary],
         configs: list[TrainConfig],
         names: list[str],
@@ -157,7 +160,7 @@ class _Run:
 
     def _loader(
         self, sites: list[str], tokens: str, half: str, ranks: Ranks | None = None
-    ) -> TokenLoader:
+    ) -> TokenLoader | AlignedLoader:
         c, ranks = self.config, ranks or self.ranks
         options: dict[str, Any] = {
             "tokens": tokens,
@@ -169,10 +172,10 @@ class _Run:
             "rank": ranks.rank,
             "world": ranks.world,
         }
-        slices = TokenLoader(self.store, sites, c.batch_size, **options).slices
+        slices = loader_of(self.store, sites, c.batch_size, **options).slices
         row = factor_row(self.scales, slices)
         pair = (torch.zeros_like(row), row)
-        return TokenLoader(self.store, sites, c.batch_size, normalize=pair, **options)
+        return loader_of(self.store, sites, c.batch_size, normalize=pair, **options)
 
     def __call__(self) -> list[Trained]:
         decided = self._decide()
