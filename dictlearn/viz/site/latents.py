@@ -178,6 +178,13 @@ class LatentPages:
                 rows.append([int(pair["latent"]), short(pair["value"])])
         return seen
 
+    def strongest(self) -> Int[np.ndarray, " f"]:
+        """Return the store position of the best item of each latent, -1 for none."""
+        start, end = self.best_of.start[:-1], self.best_of.start[1:]
+        out = np.full(len(start), -1)
+        out[end > start] = self.position[self.best["row"][start[end > start]]]
+        return out
+
     def shown(self) -> Int[np.ndarray, " n"]:
         """Return rows of the items on any page, those on most pages and at the top first."""
         rows = np.concatenate([self.best["row"], self.sample["row"]])

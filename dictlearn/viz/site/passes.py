@@ -53,6 +53,7 @@ class Pass:
         self.pages.effects, self.why_no_effect = effects, why_not
         self.has_effect = effects is not None
         columns = self.facts.columns()
+        columns["best"] = numbers(self.pages.strongest())
         if effects is not None:
             strongest = effects.argmax(1)
             columns["class"] = numbers(strongest)
