@@ -12,8 +12,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from actstore.ranges import Done, Place, Request, missing, truncated
-from actstore.storage import Storage
+from actstore.part_cache import CachedStorage
+from actstore.ranges import Done, Place, Ranges, Request, ThreadedRanges, missing, truncated
+from actstore.storage import LocalStorage, Storage
 
 IN_FLIGHT = 32
 """Requests under way at once."""
@@ -131,3 +132,62 @@ class StorageRanges:
         self._pending.popleft()
         self._bytes -= span.length
         return data
+
+
+class CachedRanges:
+    """Ranges of a remote storage with a cache: local where the shard is there, else from afar."""
+
+    def __init__(self, storage: CachedStorage, *, fetch: bool) -> None:
+        self._storage, self._fetch = storage, fetch
+        self._remote = StorageRanges(storage.remote)
+        self._files = _Files(storage.url)
+        self._local = ThreadedRanges(self._files)
+
+    def read(
+        self, requests: Sequence[Request], place: Place, done: Done, upcoming: Sequence[Request]
+    ) -> None:
+        """See `actstore.ranges.Ranges.read`."""
+        near, far = self._split(requests)
+        near_next, far_next = self._split(upcoming)
+        self._remote.read(far, place, done, far_next)
+        try:
+            self._local.read(near, place, done, near_next)
+        except FileNotFoundError:  # another process made room; rows are written again
+            for request in near:
+                self._storage.forget(request.path)
+            self._remote.read(near, place, done, [])
+
+    def close(self) -> None:
+        """See `actstore.ranges.Ranges.close`."""
+        self._remote.close()
+        self._local.close()
+
+    def _split(self, requests: Sequence[Request]) -> tuple[list[Request], list[Request]]:
+        near, far = [], []
+        for request in requests:
+            path = self._storage.local(request.path, request.part, fetch=self._fetch)
+            if path is None:
+                far.append(request)
+            else:
+                self._files.paths[request.path] = path
+                near.append(request)
+        return near, far
+
+
+class _Files(LocalStorage):
+    """Cached files by the path of their object."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.paths: dict[str, str] = {}
+
+    def uri(self, path: str) -> str:
+        """Return the cached file of an object."""
+        return self.paths[path]
+
+
+def open_remote(storage: Storage, *, fetch: bool) -> Ranges:
+    """Return what reads ranges of a storage that is no folder; `fetch` fills its cache."""
+    if isinstance(storage, CachedStorage):
+        return CachedRanges(storage, fetch=fetch)
+    return StorageRanges(storage)

@@ -75,7 +75,7 @@ def one_round(config: Config, number: int, values: np.ndarray) -> tuple[dict[str
         store = actstore.open(f"{root}/store", options)
         length = layout.shard_bytes(store.manifest, store.manifest.arrays[0])
         sizes = [length] * store.manifest.n_parts
-        data = memoryview(values).cast("B")
+        data = values.data.cast("B")
         for threads in (1, 4):
             plain = plain_store(config.bucket, f"{prefix}/raw{threads}", options)
             costs[f"put{threads}"] = timed(functools.partial(put_all, plain, data, sizes, threads))

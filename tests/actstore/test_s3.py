@@ -1,6 +1,7 @@
 """Stores on a real S3 server; see `s3_server`."""
 
 import pickle
+import time
 import uuid
 
 import numpy as np
@@ -179,3 +180,25 @@ def test_a_failing_upload_commits_nothing_and_resumes(s3, place, monkeypatch, tm
     store = harvest(f"{place}/a", storage_options=s3)
     for kind in ("cls", "patch"):
         assert (store.array(SITE, kind)[:] == whole.array(SITE, kind)[:]).all()
+
+
+def test_a_cached_store_outlives_its_shards(s3, place, tmp_path):
+    harvest(f"{place}/a", storage_options=s3)
+    plain = actstore.open(f"{place}/a", s3)
+    expected = [b.acts for b in plain.batches(SITE, 64, tokens="patch")]
+    store = actstore.open(f"{place}/a", s3, cache_dir=tmp_path, cache_bytes=10**8)
+    for _ in store.batches(SITE, 64, tokens="patch"):
+        pass
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.rglob(f"{SITE}.*"))) < store.manifest.n_parts:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for part in range(store.manifest.n_parts):
+        plain.storage.delete(store.shard(SITE, "patch", part).path)
+    again = actstore.open(f"{place}/a", s3, cache_dir=tmp_path, cache_bytes=10**8)
+    found = [b.acts for b in again.batches(SITE, 64, tokens="patch")]
+    assert all((a == b).all() for a, b in zip(expected, found, strict=True))
+    assert s3["secret"] not in repr(again.storage)
+    assert pickle.loads(pickle.dumps(again.storage)).size("zarr.json") == store.storage.size(
+        "zarr.json"
+    )
