@@ -6,17 +6,15 @@ of one descriptor defeat the kernel's own read-ahead; WILLNEED over 32 stripes r
 Looking ahead costs a tenth of a read from the page cache, so it starts with the first read that
 the cache does not serve, and ends when it has served all of the last `COLD_FOR`.
 Bytes go to their places row by row where the platform can (`vectored`), and two threads share
-the work: one copies about 5 GB/s. `StorageRanges` serves any other storage, many requests in
-flight.
+the work: one copies about 5 GB/s. `actstore.remote_ranges` serves any other storage.
 """
 
 import collections
 import concurrent.futures
 import contextlib
 import errno
-import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -37,9 +35,6 @@ MAX_OPEN = 256
 
 THREADS = 2
 """Threads that read local files."""
-
-IN_FLIGHT = 16
-"""Requests under way at once where the storage is remote."""
 
 
 class Request(NamedTuple):
@@ -248,59 +243,12 @@ class ThreadedRanges:
             part.close()
 
 
-class StorageRanges:
-    """Ranges of any storage, `IN_FLIGHT` of them at once."""
-
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        self._threads = concurrent.futures.ThreadPoolExecutor(IN_FLIGHT, "actstore-range")
-
-    def read(
-        self, requests: Sequence[Request], place: Place, done: Done, upcoming: Sequence[Request]
-    ) -> None:
-        """See `Ranges.read`; all bytes are lent."""
-        del place, upcoming
-        for request, data in self._fetch(requests):
-            if len(data) != request.length:
-                raise truncated(self._storage, request, len(data))
-            done(request, memoryview(data))
-
-    def close(self) -> None:
-        """See `Ranges.close`."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def _fetch(self, requests: Sequence[Request]) -> Iterator[tuple[Request, bytes]]:
-        """Yield requests with their bytes, in order, while later ones are under way."""
-        todo = iter(requests)
-        pending: collections.deque[tuple[Request, concurrent.futures.Future[bytes]]]
-        pending = collections.deque()
-
-        def submit(count: int) -> None:
-            for request in itertools.islice(todo, count):
-                job = self._threads.submit(
-                    self._storage.read_range, request.path, request.offset, request.length
-                )
-                pending.append((request, job))
-
-        submit(IN_FLIGHT)
-        try:
-            while pending:
-                request, job = pending.popleft()
-                try:
-                    data = job.result()
-                except FileNotFoundError as error:
-                    raise missing(self._storage, request) from error
-                submit(1)
-                yield request, data
-        finally:
-            for _, job in pending:
-                job.cancel()
-
-
 def open_ranges(storage: Storage, *, large: bool = True) -> Ranges:
     """Return what reads ranges of a storage fastest, large ones or those of single rows."""
     if not isinstance(storage, LocalStorage):
-        return StorageRanges(storage)
+        from actstore.remote_ranges import open_remote
+
+        return open_remote(storage, fetch=large)
     return ThreadedRanges(storage) if large else LocalRanges(storage)
 
 
