@@ -24,6 +24,7 @@ from actstore.commit import (
 from actstore.crc import crc32c
 from actstore.index import OK, concat_rows, decode_index_rows
 from actstore.manifest import MAX_JSON_BYTES, ArraySpec, FormatError, Manifest, scale_path
+from actstore.part_cache import cached
 from actstore.stats import ChannelStats
 from actstore.storage import Storage, open_storage
 
@@ -360,15 +361,17 @@ def open_store(
     storage_options: Mapping[str, Any] | None = None,
     *,
     without: Collection[int] = (),
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
 ) -> Store:
     """Open a store for reading; parts in `without` are taken for uncommitted, unread.
 
+    Shards of a remote store may be kept in `cache_dir`; see `actstore.part_cache.cached`.
+
     Raises
     ------
-    FileNotFoundError
-        When there is no store.
-    FormatError
-        When it is damaged or of a format this version does not know.
+    FileNotFoundError, FormatError
+        When there is no store, or it is damaged or of a format this version does not know.
     """
     storage = open_storage(url, storage_options)
     manifest = read_manifest(storage)
@@ -376,4 +379,4 @@ def open_store(
         raise FileNotFoundError(
             f"no store at {os.fspath(url)}: `actstore harvest --out {os.fspath(url)} ...` makes one"
         )
-    return Store(storage, manifest, without=without)
+    return cached(Store(storage, manifest, without=without), cache_dir, cache_bytes)
