@@ -1,4 +1,4 @@
-"""Shards of a remote store in a local folder: exact, bounded, shared, and safe from what is wrong."""
+"""Shards of a remote store in a local folder: exact, bounded, shared, safe from what is wrong."""
 
 import os
 import signal
