@@ -115,8 +115,8 @@ def write_arrays(
     if dtype == "int8" and any(value.dtype.kind == "f" for value in specs.values()):
         if any(value.dtype.kind != "f" for value in specs.values()):
             raise ValueError("int8 takes floating point arrays or int8 ones, not both in a store")
-        first = source[:CALIBRATION]
-        scales = {a.path: encode_scale(_scale(a, value[first])) for a, value in specs.items()}
+        begin = source[:CALIBRATION]
+        scales = {a.path: encode_scale(_scale(a, value[begin])) for a, value in specs.items()}
         manifest = dataclasses.replace(manifest, scales=scales)
     storage = open_storage(url, storage_options)
     create_store(storage, manifest)

@@ -39,7 +39,8 @@ def first_moments(job: Job) -> dict[ArraySpec, ChannelStats]:
 
     def take(values: Mapping[str, Tensor]) -> None:
         for array in manifest.arrays:
-            picked = tokens_of(values[array.site], sites[array.site], array)
+            whole = dataclasses.replace(array, tokens=array.span, of=0, stripe_tokens=1)
+            picked = tokens_of(values[array.site], sites[array.site], whole)
             rows = np.ascontiguousarray(picked.float().cpu().numpy()).reshape(-1, array.channels)
             check_range(array, rows, "float32")
             moments = MomentSum("float32", len(rows), array.channels)

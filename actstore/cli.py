@@ -37,6 +37,8 @@ class Harvest(_Place):
     """Where the store goes."""
     tokens: str = "cls,patch"
     """Token kinds to keep, of cls, register and patch."""
+    tokens_per_item: int | None = None
+    """Patch tokens to keep of each item, a random subset; all by default."""
     dtype: str | None = None
     """Type on disk: float16 (default), bfloat16, float32, or int8 with a scale per channel."""
     codec: str = "raw"

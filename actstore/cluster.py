@@ -208,6 +208,7 @@ def harvest_on(
     out: str | os.PathLike[str],
     load: Mapping[str, Any] | None = None,
     tokens: str | Sequence[str] = "cls,patch",
+    tokens_per_item: int | None = None,
     dtype: str | None = None,
     codec: str = "raw",
     limit: int | None = None,
@@ -233,7 +234,8 @@ def harvest_on(
     load
         Further options of `vitmodels.load`: weights (a file that all machines see), pretrained,
         seed, img_size.
-    data, sites, out, tokens, dtype, codec, limit, seed, batch_size, strict, autocast, compile
+    data, sites, out, tokens, tokens_per_item, dtype, codec, limit, seed, batch_size, strict,
+    autocast, compile
         As for `actstore.harvest`, as are the `storage_options`. A local `out` must be a folder
         that all machines share.
     device
@@ -269,6 +271,7 @@ def harvest_on(
             sites=sites,
             storage=storage,
             tokens=tokens,
+            tokens_per_item=tokens_per_item,
             dtype=dtype,
             codec=codec,
             limit=limit,

@@ -26,6 +26,7 @@ from actstore.plan import choose_layout
 from actstore.quantise import exact, to_float
 from actstore.storage import Storage, open_storage
 from actstore.store import Store, check_same, create_store, read_manifest
+from actstore.subsample import chunk_path, read_positions, sampled
 from actstore.writer import PartBuffer, commit_part
 
 
@@ -181,6 +182,7 @@ def _copy(
         commit = store.commit(part)
         sidecar = read_sidecar(store.storage, commit)
         paths = [layout.shard_path(array, part) for array in manifest.arrays]
+        paths += [chunk_path(kind, part) for kind in sampled(manifest)]
         objects = {}
         for path in [*paths, index_path(part)]:
             data = store.storage.read(path)
@@ -221,6 +223,8 @@ def _pack(
             buffer.take_rows(last - first)
             if store.manifest.dtype == "int8":
                 _keep_losses(store, buffer, part)
+            for kind in sampled(manifest):
+                buffer.positions[kind] = _positions(store, kind, manifest, first, last, starts)
             for array in manifest.arrays:
                 for rows, token, values in _stripes(store, array, starts, first, last):
                     where = slice(rows.start - first, rows.stop - first)
@@ -248,6 +252,20 @@ def _keep_losses(store: Store, buffer: PartBuffer, part: int) -> None:
         else:
             buffer.losses[array].clear()
             buffer.losses[array].add(moments.saturated, moments.error)
+
+
+def _positions(
+    store: Store, kind: str, manifest: Manifest, first: int, last: int, starts: np.ndarray
+) -> np.ndarray:
+    """Return which positions the valid items first .. last - 1 of the source keep, [S, slot]."""
+    valid = np.arange(first, last)
+    part = np.searchsorted(starts, valid, side="right") - 1
+    out = np.zeros((manifest.items_per_part, sampled(manifest)[kind].tokens), np.int32)
+    for number in np.unique(part).tolist():
+        mine = np.flatnonzero(part == number)
+        known = read_positions(store, kind, number)
+        out[mine] = known[valid[mine] - starts[number]]
+    return out
 
 
 def _stripes(

@@ -28,6 +28,7 @@ from actstore.plan import Plan
 from actstore.sources.base import Source, Undecodable
 from actstore.staging import Stager
 from actstore.storage import Storage
+from actstore.subsample import deal_part
 from actstore.writer import PartBuffer
 
 log = logging.getLogger(__name__)
@@ -206,6 +207,7 @@ def run_parts(
         for part, decoded, last in batches:
             if buffer is None:
                 buffer, rows = pipeline.next_buffer(), []
+                buffer.positions = deal_part(job.manifest, part)
             inputs = [item.input for item in decoded if item.input is not None]
             with torch.inference_mode():
                 forward(inputs, functools.partial(stager.put, buffer))

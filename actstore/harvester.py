@@ -19,6 +19,7 @@ from actstore.plan import (
     choose_layout,
     disk_bytes,
     forward_bytes,
+    keep_some,
     part_bytes,
 )
 from actstore.sources import open_source
@@ -42,6 +43,7 @@ def harvest(
     sites: str | Sequence[str],
     out: str | os.PathLike[str],
     tokens: str | Sequence[str] = "cls,patch",
+    tokens_per_item: int | None = None,
     dtype: str | None = None,
     codec: str = "raw",
     limit: int | None = None,
@@ -70,6 +72,8 @@ def harvest(
         Where the store goes.
     tokens
         Token kinds to keep, of ``cls``, ``register`` and ``patch``.
+    tokens_per_item
+        Patch tokens to keep of an item, a random subset keyed by seed and item; all by default.
     dtype
         Activation dtype on disk: float16 (default), bfloat16, float32, or int8 with a scale for
         each channel, calibrated on the first items.
@@ -113,6 +117,7 @@ def harvest(
         sites=sites,
         storage=storage,
         tokens=tokens,
+        tokens_per_item=tokens_per_item,
         dtype=dtype,
         codec=codec,
         limit=limit,
@@ -176,6 +181,7 @@ def prepare(
     autocast: str | None = None,
     compile: bool = False,
     codec: str = "raw",
+    tokens_per_item: int | None = None,
 ) -> tuple[Job, Plan]:
     """Load model and data and plan the store, without writing anything."""
     from vitmodels.spec import expand_sites
@@ -197,6 +203,8 @@ def prepare(
     chosen: dict[str, SiteInfo] = {name: available[name] for name in names}
     kinds = tokens.split(",") if isinstance(tokens, str) else list(tokens)
     arrays = choose_arrays(chosen, [kind.strip() for kind in kinds])
+    if tokens_per_item is not None:
+        arrays = keep_some(arrays, tokens_per_item)
     items = min(limit or len(source), len(source))
     there = read_manifest(storage)
     on_cpu = str(loaded.device) == "cpu"
@@ -260,8 +268,8 @@ def projected_memory(manifest: Manifest, forward: int, buffers: int) -> int:
 
 def _with_layout_of(manifest: Manifest, there: Manifest) -> Manifest:
     """Take S, stripes and scales from a store of the same arrays: they are decided once."""
-    asked = {(a.site, a.kind, a.tokens, a.channels) for a in manifest.arrays}
-    found = {(a.site, a.kind, a.tokens, a.channels) for a in there.arrays}
+    asked = {(a.site, a.kind, a.tokens, a.of, a.channels) for a in manifest.arrays}
+    found = {(a.site, a.kind, a.tokens, a.of, a.channels) for a in there.arrays}
     if asked != found or manifest.items != there.items:
         return manifest
     scales = there.scales if manifest.dtype == there.dtype else {}

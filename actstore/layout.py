@@ -128,8 +128,10 @@ def array_metadata(manifest: Manifest, array: ArraySpec) -> dict[str, Any]:
     }
 
 
-def plain_metadata(shape: list[int], dtype: str, names: list[str]) -> dict[str, Any]:
-    """Return the `zarr.json` of a small array that is one uncompressed chunk."""
+def plain_metadata(
+    shape: list[int], dtype: str, names: list[str], chunk: list[int] | None = None
+) -> dict[str, Any]:
+    """Return the `zarr.json` of a small array of uncompressed chunks, of one by default."""
     return {
         "zarr_format": 3,
         "node_type": "array",
@@ -137,7 +139,7 @@ def plain_metadata(shape: list[int], dtype: str, names: list[str]) -> dict[str, 
         "data_type": dtype,
         "chunk_grid": {
             "name": "regular",
-            "configuration": {"chunk_shape": [max(1, n) for n in shape]},
+            "configuration": {"chunk_shape": chunk or [max(1, n) for n in shape]},
         },
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": 0.0 if dtype.startswith("float") else 0,

@@ -83,6 +83,8 @@ class ArraySpec:
     """Tokens of an inner chunk; divides `tokens`."""
     first: int = 0
     """Number of this kind's first token in the site's full token order."""
+    of: int = 0
+    """Positions that an item's tokens were chosen from; 0 where all of them are kept."""
 
     def __post_init__(self) -> None:
         validate_name(self.site, "site")
@@ -93,6 +95,8 @@ class ArraySpec:
                 raise FormatError(f"{self.path}: {field} must be a positive integer, not {value!r}")
         if type(self.first) is not int or not 0 <= self.first < 1 << 40:
             raise FormatError(f"{self.path}: first must be an integer >= 0, not {self.first!r}")
+        if type(self.of) is not int or not (self.of == 0 or self.tokens <= self.of < 1 << 31):
+            raise FormatError(f"{self.path}: {self.tokens} tokens cannot be of {self.of!r}")
         if self.tokens % self.stripe_tokens:
             raise FormatError(
                 f"{self.path}: stripe_tokens {self.stripe_tokens} does not divide {self.tokens}"
@@ -102,6 +106,11 @@ class ArraySpec:
     def path(self) -> str:
         """Folder of the array inside the store, also its name in commit records."""
         return f"acts/{self.site}/{self.kind}"
+
+    @property
+    def span(self) -> int:
+        """Number of positions the kind has in the model: token numbers end at first + span."""
+        return self.of or self.tokens
 
     @property
     def n_stripes(self) -> int:
@@ -170,6 +179,9 @@ class Manifest:
             raise FormatError(f"array names must differ in more than case; found {paths}")
         if self.scales:
             self._check_scales(paths)
+        chosen = {(a.kind, a.tokens, a.of) for a in self.arrays if a.of}
+        if len({kind for kind, _, _ in chosen}) != len(chosen):
+            raise FormatError(f"arrays of a kind must have the same tokens chosen; found {chosen}")
 
     def _check_scales(self, paths: Sequence[str]) -> None:
         """Refuse scales that are not those of the arrays, finite and positive."""
@@ -218,6 +230,9 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as JSON types, arrays as a list; later fields only where used."""
         value = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+        for array in value["arrays"]:
+            if not array["of"]:
+                del array["of"]
         return {k: v for k, v in value.items() if v or k not in _LATER}
 
     @classmethod

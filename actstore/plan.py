@@ -70,6 +70,29 @@ class Plan:
             )
 
 
+def keep_some(arrays: Sequence[ArraySpec], tokens_per_item: int) -> list[ArraySpec]:
+    """Return the arrays with `tokens_per_item` of the patches of each item.
+
+    Raises
+    ------
+    ValueError
+        When sites have no patches, fewer, or not equally many.
+    """
+    counts = {a.tokens for a in arrays if a.kind == "patch"}
+    if len(counts) != 1 or not 1 <= tokens_per_item <= max(counts):
+        found = " or ".join(map(str, sorted(counts))) or "no"
+        raise ValueError(
+            f"tokens_per_item {tokens_per_item}: these sites have {found} patch tokens an item; "
+            "it chooses among the patches, whose number must be that of every site"
+        )
+    return [
+        dataclasses.replace(a, tokens=tokens_per_item, of=a.tokens)
+        if a.kind == "patch" and a.tokens > tokens_per_item
+        else a
+        for a in arrays
+    ]
+
+
 def site_arrays(
     name: str, info: SiteInfo, tokens: Sequence[str], stripe_tokens: int = 1
 ) -> list[ArraySpec]:

@@ -22,6 +22,7 @@ from actstore.manifest import ArraySpec
 from actstore.ranges import Request, damaged, open_ranges
 from actstore.sampling import Order, Pool
 from actstore.selection import Column, Selection, Stripe
+from actstore.subsample import Relabel
 from actstore.vectored import vectors
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
@@ -115,6 +116,7 @@ class Filler:
         self._dtype = layout.storage_dtype(self._manifest.dtype)
         self._ranges = open_ranges(selection.store.storage)
         self._checksums = functools.lru_cache(1024)(self._read_checksums)
+        self._relabel = Relabel(selection)
         self._widths = np.array([c.width for c in selection.columns], dtype=np.int64)
         self._tokens = np.concatenate([c.token for c in selection.columns])
         self._first_token = np.cumsum(self._widths) - self._widths
@@ -215,6 +217,8 @@ class Filler:
                     item[rows] = chosen[item[rows]]
         item += np.repeat(start, lengths)
         token = self._tokens[np.repeat(self._first_token[pool.column], lengths) + slot]
+        if self._relabel.needed:
+            self._relabel(pool, item, token)
         return item[order], token[order]
 
     def _place(self, buffer: Buffer, request: Request) -> UInt64[np.ndarray, "n 2"] | None:

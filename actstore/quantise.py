@@ -113,7 +113,8 @@ def to_float(
     scale = manifest.scale(array)
     if scale is None:
         return layout.from_stored(values, manifest.dtype)
-    return np.multiply(values, scale, dtype=np.float32)
+    wide: np.ndarray = np.multiply(values, scale, dtype=np.float32)
+    return wide
 
 
 class Dequantiser:
@@ -132,7 +133,7 @@ class Dequantiser:
         specs = [[store.spec(site, kind) for site in selection.sites] for kind in selection.kinds]
         rows = [np.concatenate([_or_ones(store.manifest, a) for a in one]) for one in specs]
         self.table: Float32[np.ndarray, "kind width"] = np.stack(rows)
-        ends = [one[0].first + one[0].tokens for one in specs]
+        ends = [one[0].first + one[0].span for one in specs]
         self.kind_of: Int64[np.ndarray, " token"] = np.zeros(max(ends), np.int64)
         for number, (one, end) in enumerate(zip(specs, ends, strict=True)):
             self.kind_of[one[0].first : end] = number
@@ -144,7 +145,8 @@ class Dequantiser:
         scale: Any = self.table[0]
         if len(self.table) > 1:
             scale = self.table[self.kind_of[token]]
-        return np.multiply(values, scale, dtype=np.float32)
+        wide: np.ndarray = np.multiply(values, scale, dtype=np.float32)
+        return wide
 
 
 def _or_ones(manifest: Manifest, array: ArraySpec) -> np.ndarray:

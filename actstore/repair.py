@@ -12,6 +12,7 @@ from actstore.commit import committed_parts, index_path, record_path, sidecar_pa
 from actstore.manifest import Manifest
 from actstore.storage import LocalStorage, Storage
 from actstore.store import Store
+from actstore.subsample import chunk_path, sampled
 
 if TYPE_CHECKING:
     from actstore.execute import Event
@@ -91,9 +92,10 @@ def garbage(storage: Storage, manifest: Manifest) -> list[str]:
                 part = int(match.group(1))
                 if part < manifest.n_parts:
                     found.append(layout.shard_path(array, part))
+    kinds = sampled(manifest)
     for part in range(manifest.n_parts):
         if part not in committed:
-            some = (sidecar_path(part), index_path(part))
+            some = [sidecar_path(part), index_path(part), *(chunk_path(k, part) for k in kinds)]
             found += [path for path in some if storage.size(path) is not None]
     return sorted(found)
 

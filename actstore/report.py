@@ -24,6 +24,7 @@ _PASSED_ON = (
     "data",
     "sites",
     "tokens",
+    "tokens_per_item",
     "dtype",
     "codec",
     "limit",
@@ -63,7 +64,8 @@ def plan_table(plan: Plan, parts_done: int = 0, title: str = "plan") -> Table:
         "model": (m.model or {}).get("id", "-"),
         "data": f"{m.data.get('kind')} {m.data.get('url', '')}".strip(),
         "sites": shown,
-        "tokens": ", ".join(kinds),
+        "tokens": ", ".join(kinds)
+        + "".join({f"; {a.tokens} of {a.of} {a.kind} tokens an item" for a in m.arrays if a.of}),
         "items": f"{m.items:,}",
         "parts": f"{m.n_parts:,} of {m.items_per_part:,} items"
         + (f", {parts_done:,} committed" if parts_done else ""),

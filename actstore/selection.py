@@ -259,6 +259,11 @@ def _columns(
         specs = [store.spec(site, kind) for site in sites]
         width = math.lcm(*(spec.stripe_tokens for spec in specs))
         first, tokens = specs[0].first, specs[0].tokens
+        if wanted is not None and specs[0].of:
+            raise ValueError(
+                f"{store.url} keeps {tokens} of {specs[0].of} {kind} tokens of each item, others "
+                "for every item: positions= cannot choose among them; drop rows by `Batch.token`"
+            )
         known.update(range(first, first + tokens))
         for start in range(0, tokens, width):
             chosen = [

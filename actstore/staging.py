@@ -6,8 +6,9 @@ Legend: B items of a batch, T tokens, t tokens of a stripe, d channels, S items 
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int8, Int64, Num
+from jaxtyping import Float, Float64, Int8, Int32, Int64, Num
 from torch import Tensor
 
 from actstore.manifest import ArraySpec, Manifest
@@ -25,17 +26,24 @@ TORCH_DTYPES = {
 
 
 def tokens_of(
-    value: Num[Tensor, "B ..."], info: SiteInfo, array: ArraySpec
+    value: Num[Tensor, "B ..."],
+    info: SiteInfo,
+    array: ArraySpec,
+    chosen: Int32[np.ndarray, "B T"] | None = None,
 ) -> Num[Tensor, "B T d"]:
     """Return one token kind of a site's value as [item, token, channel].
 
     The token (or query) axis comes second; all other axes are flattened in C order, so that
-    head outputs are stored as head * d_head and attention patterns as head * key.
+    head outputs are stored as head * d_head and attention patterns as head * key. `chosen`
+    holds the positions to keep of each item, where not all of them are.
     """
     axis = info.token_axis
     if axis is None:
         return value.reshape(len(value), 1, -1)
     value = value.movedim(axis + 1, 1)
+    if chosen is not None:
+        token = torch.from_numpy(chosen.astype(np.int64) + array.first).to(value.device)
+        return value[torch.arange(len(value), device=value.device)[:, None], token].flatten(2)
     return value[:, array.first : array.first + array.tokens].flatten(2)
 
 
@@ -62,8 +70,14 @@ class Stager:
         ValueError
             When a value of this or the batch before does not fit the stored dtype.
         """
+        row, count = self._next_row(buffer), len(next(iter(values.values())))
         picked = {
-            array: tokens_of(values[array.site], self._sites[array.site], array)
+            array: tokens_of(
+                values[array.site],
+                self._sites[array.site],
+                array,
+                buffer.positions[array.kind][row : row + count] if array.of else None,
+            )
             for array in self._manifest.arrays
         }
         first = next(iter(picked.values()))
@@ -88,6 +102,12 @@ class Stager:
         event.record()
         self.flush()
         self._pending = (buffer, staged, limits, losses, event)
+
+    def _next_row(self, buffer: PartBuffer) -> int:
+        """Return the row that the next item gets, behind those that are on their way."""
+        if self._pending is None or self._pending[0] is not buffer:
+            return buffer.items
+        return buffer.items + len(next(iter(self._pending[1].values())))
 
     def flush(self) -> None:
         """Wait for the batch on its way and put it into its buffer."""

@@ -27,6 +27,7 @@ from actstore.manifest import MAX_JSON_BYTES, ArraySpec, FormatError, Manifest, 
 from actstore.part_cache import cached
 from actstore.stats import ChannelStats
 from actstore.storage import Storage, open_storage
+from actstore.subsample import Positions, position_path, sampled
 
 if TYPE_CHECKING:
     import zarr
@@ -261,6 +262,14 @@ class Store:
         values: np.ndarray = reader.items(self, positions, site, kind)
         return values
 
+    def tokens(self, positions: Any, site: str, kind: str) -> np.ndarray:
+        """Return which tokens of items are stored: numbers in the site's full order [item, slot].
+
+        Items by store position, as for `items`; the numbers are those of `Batch.token`.
+        """
+        wanted = np.atleast_1d(np.asarray(positions, dtype=np.int64))
+        return Positions(self).tokens(self.spec(site, kind), wanted)
+
     def dask(self, site: str, kind: str) -> Any:
         """Return a lazy dask array of the readable items, one chunk a part."""
         from actstore import dask
@@ -348,6 +357,14 @@ def write_metadata(storage: Storage, manifest: Manifest) -> None:
             documents[scale_path(array)] = layout.plain_metadata(
                 [array.channels], "float32", ["channel"]
             )
+    for kind, array in sampled(manifest).items():
+        documents["position"] = layout.group_metadata()
+        documents[position_path(kind)] = layout.plain_metadata(
+            [manifest.items, array.tokens],
+            "int32",
+            ["item", f"{kind}_token"],
+            [manifest.items_per_part, array.tokens],
+        )
     for array in manifest.arrays:
         documents[f"acts/{array.site}"] = layout.group_metadata()
         documents[array.path] = layout.array_metadata(manifest, array)

@@ -27,6 +27,7 @@ from actstore.manifest import ArraySpec, FormatError, Manifest
 from actstore.quantise import Loss, quantise
 from actstore.stats import ChannelStats, MomentSum
 from actstore.storage import Storage, aligned_zeros
+from actstore.subsample import chunk_path, sampled
 
 FLOAT16_MAX = 65504.0
 
@@ -47,6 +48,8 @@ class PartBuffer:
         """What quantising lost, of stores with scales; absent where it is not known."""
         if manifest.scales:
             self.losses = {a: Loss(a.channels) for a in manifest.arrays}
+        self.positions: dict[str, np.ndarray] = {}
+        """Positions [S, slot] by kind, where tokens are chosen; rows behind the items are free."""
         self.items = 0
 
     @property
@@ -184,6 +187,7 @@ def write_part(
     small = {
         sidecar_path(part): encode_sidecar(stats, sums),
         index_path(part): encode_index_rows(rows),
+        **_positions(manifest, part, buffer),
     }
     for future in [pool.submit(storage.replace, path, [data]) for path, data in small.items()]:
         future.result()
@@ -217,6 +221,16 @@ def commit_part(
             f"({there.fingerprint[:12]}, this run has {fingerprint[:12]})"
         )
     return there
+
+
+def _positions(manifest: Manifest, part: int, buffer: PartBuffer) -> dict[str, bytes]:
+    """Return the objects that say which positions each item keeps."""
+    out = {}
+    for kind in sampled(manifest):
+        position = np.array(buffer.positions[kind], dtype="<i4")
+        position[buffer.items :] = 0
+        out[chunk_path(kind, part)] = position.tobytes()
+    return out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
