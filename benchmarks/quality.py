@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-K, EXPANSION, BATCH = 32, 8, 4096
+K, BATCH = 32, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,8 @@ class Contestant:
     """Output for dense activations."""
     theta: Callable[[], torch.Tensor | float | None] = lambda: None
     """Threshold of inference, one or a latent; None where there is none."""
+    finish: Callable[[list[torch.Tensor]], None] = lambda batches: None
+    """What a trainer does after the last step, with batches that follow."""
 
 
 Make = Callable[[Setting], Contestant]
@@ -132,6 +134,8 @@ def train(
             at = order.permutation(len(train_))
         chosen, at = at[: setting.batch], at[setting.batch :]
         one.step(train_[torch.from_numpy(chosen)], number)
+    after = [torch.from_numpy(order.choice(len(train_), setting.batch)) for _ in range(8)]
+    one.finish([train_[index] for index in after])
     return one, time.process_time() - start
 
 
@@ -174,11 +178,12 @@ def main() -> None:
     parser.add_argument("--table", type=Path)
     parser.add_argument("--site", default="blocks.7.resid_post")
     parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--expansion", type=int, default=4)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", default="", help="contestants whose 'kind name' holds this")
+    parser.add_argument("--only", default="", help="contestants whose 'kind name' starts so")
     parser.add_argument("--out", type=Path, default=Path("quality.jsonl"))
     args = parser.parse_args()
     if args.table:
@@ -199,19 +204,20 @@ def main() -> None:
         if args.out.exists()
         else []
     )
-    keys = ("kind", "name", "seed", "lr", "steps", "batch")
+    keys = ("kind", "name", "seed", "lr", "steps", "batch", "latents")
     for seed in args.seeds:
         for (kind, name), make in CONTESTANTS.items():
             for lr in args.lr:
                 run = {"kind": kind, "name": name, "seed": seed, "lr": lr}
                 run |= {"steps": args.steps, "batch": args.batch}
-                if args.only not in f"{kind} {name}" or any(
+                run |= {"latents": args.expansion * width}
+                if not f"{kind} {name}".startswith(args.only) or any(
                     all(r[k] == run[k] for k in keys) for r in done
                 ):
                     continue
                 setting = Setting(
                     width=width,
-                    latents=EXPANSION * width,
+                    latents=args.expansion * width,
                     steps=args.steps,
                     batch=args.batch,
                     lr=lr,

@@ -17,6 +17,7 @@ def ours(kind: str) -> Make:
     def make(s: Setting) -> Contestant:
         from dictlearn import config
         from dictlearn.dictionary import Dictionary
+        from dictlearn.endings import smallest_kept
         from dictlearn.learner import Learner
         from dictlearn.schedule import TrainConfig
 
@@ -37,7 +38,15 @@ def ours(kind: str) -> Make:
         def theta() -> torch.Tensor | None:
             return None if kind == "TopK" else d.sparsify.threshold
 
-        return Contestant(step=step, pre=d.pre_activations, decode=d.decode, theta=theta)
+        def finish(batches: list[torch.Tensor]) -> None:
+            if kind == "BatchTopK":
+                with torch.no_grad():
+                    least = [smallest_kept(learner, x) for x in batches]
+                    d.sparsify.threshold.copy_(torch.stack(least).mean())
+
+        return Contestant(
+            step=step, pre=d.pre_activations, decode=d.decode, theta=theta, finish=finish
+        )
 
     return make
 

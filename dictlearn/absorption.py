@@ -61,7 +61,7 @@ class Absorption:
 
     def _of(self, column: str) -> float:
         total = sum(self.classes["positives"].to_pylist())
-        return sum(self.classes[column].to_pylist()) / max(1, total)
+        return float(sum(self.classes[column].to_pylist())) / max(1, total)
 
     def save(self, path: str | Path) -> Path:
         """Write the table as parquet."""
@@ -161,8 +161,8 @@ def main_latents(codes: Any, is_class_N: np.ndarray, *, split: float) -> tuple[l
     inside_F = np.asarray(codes[is_class_N.nonzero()[0]].sum(0)).ravel() / n_class
     outside_F = np.asarray(codes[(~is_class_N).nonzero()[0]].sum(0)).ravel()
     outside_F = outside_F / max(1, len(is_class_N) - n_class)
-    order = np.argsort(inside_F - outside_F, kind="stable")[::-1]
-    order = [int(i) for i in order[:_MOST_MAIN] if inside_F[i] > outside_F[i]]
+    ranked_F = np.argsort(inside_F - outside_F, kind="stable")[::-1]
+    order = [int(i) for i in ranked_F[:_MOST_MAIN] if inside_F[i] > outside_F[i]]
     best, chosen = 0.0, order[:1]
     if not is_class_N.any() or is_class_N.all():
         return [], 0.0
