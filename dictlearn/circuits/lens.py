@@ -219,7 +219,7 @@ def logit_lens(
 def _by(
     read: Callable[[Tensor], Tensor], rows: Tensor, size: int, keep: Sequence[int]
 ) -> np.ndarray:
-    parts = [read(some)[:, list(keep)].float().cpu() for some in rows.split(size)]
+    parts = [read(some)[:, list(keep)].float().cpu() for some in torch.split(rows, size)]
     array: np.ndarray = torch.cat(parts).numpy()
     return array
 

@@ -326,7 +326,7 @@ def _recording(model: VisionModel) -> Iterator[Any]:
     @contextmanager
     def held() -> Iterator[None]:
         def affine(module: ZeroShotHead, args: tuple[Any, ...], _output: Any) -> Tensor:
-            cosines_BC = args[0] / lengths[module] @ module.weight_CE.T
+            cosines_BC: Tensor = args[0] / lengths[module] @ module.weight_CE.T
             return cosines_BC * module.scale + module.bias
 
         mine = [m.register_forward_hook(affine) for m in heads]
