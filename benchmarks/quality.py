@@ -7,7 +7,8 @@
 The first command writes shuffled training tokens and held-out tokens of a store, in units of the
 mean channel variance. The second trains every contestant on the same batches in the same order, by
 its own initialisation, losses and constraints (`benchmarks.quality_contestants`), and appends a
-line for each run, so that it can be stopped and goes on where it was. The third makes the table.
+line for each run, so that it can be stopped and goes on where it was; what is not installed is
+skipped, so that it can be run in several environments. The third makes the table.
 
 The learning rate rises over 5 % of the steps and falls to 0 over the last 20 % for everyone, with
 Adam. L0 is made equal by the same rule for everyone: TopK keeps the k largest pre-activations of a
@@ -223,7 +224,11 @@ def main() -> None:
                     lr=lr,
                     mean=tokens.mean(0),
                 )
-                one, seconds = train(make, setting, tokens, seed)
+                try:
+                    one, seconds = train(make, setting, tokens, seed)
+                except ModuleNotFoundError as error:
+                    sys.stdout.write(f"skipped {kind} {name}: {error}\n")
+                    continue
                 run |= measure(one, kind, held) | {"seconds": seconds}
                 with args.out.open("a") as file:
                     file.write(json.dumps(run) + "\n")
