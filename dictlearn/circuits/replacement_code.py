@@ -63,7 +63,7 @@ class FrozenTranscoder:
         x = x if center_D is None else x - center_D
         pre = x.flatten(0, 1) @ self.dictionary.W_enc + self.dictionary.b_enc
         acts: Tensor = self.dictionary.sparsify(pre)
-        return acts.unflatten(0, x_BTD.shape[:2])
+        return acts.reshape(*x_BTD.shape[:2], -1)
 
     def encoder_rows(
         self, token_N: Int[Tensor, " n"], latent_N: Int[Tensor, " n"]

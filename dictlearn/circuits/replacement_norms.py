@@ -79,10 +79,9 @@ def recording(root: nn.Module) -> Iterator[Recorded]:
         x = args[0].detach()
         for centred in (True, False):
             call = NormCall(inverse=_inverse(module, x, centred=centred), centred=centred)
-            close = (
-                dict(rtol=1e-2, atol=1e-2) if x.dtype.itemsize < 4 else dict(rtol=1e-3, atol=1e-4)
-            )
-            if torch.allclose(affine(module, call, x), output.detach(), **close):
+            rtol, atol = (1e-2, 1e-2) if x.dtype.itemsize < 4 else (1e-3, 1e-4)
+            same = affine(module, call, x)
+            if torch.allclose(same, output.detach(), rtol=rtol, atol=atol):
                 calls.setdefault(module, []).append(call)
                 return
         raise ValueError(

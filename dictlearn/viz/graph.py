@@ -27,7 +27,7 @@ def layered(
 
     Nodes of one layer stand in one row, in the order of their tokens; their area grows with their
     influence. Edges are red where they raise their target and blue where they lower it, darker
-    with their share of what enters the target.
+    and wider the nearer they come to the strongest of their target.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def layered(
     graph
         Pruned: hundreds of nodes at most can be seen.
     most_edges, most_labels
-        Only so many edges, by share, and labels of latents and patches, by influence.
+        Only so many edges, by influence, and labels of latents and patches, by influence.
 
     Returns
     -------
@@ -47,17 +47,16 @@ def layered(
 
     place = _places(graph)
     source, target, weight = graph.edges()
-    share = np.abs(weight) / np.abs(graph.weights).sum(1)[target] if len(weight) else weight
+    absolute = np.abs(graph.weights)
+    strength = np.abs(weight) / absolute.max(1, initial=1e-30)[target]
+    reach = np.array([n.probability if n.kind == "logit" else n.influence for n in graph.nodes])
+    share = np.abs(weight) / absolute.sum(1)[target] * reach[target]
     order = np.argsort(share, kind="stable")[-most_edges:]
     ids = [node.id for node in graph.nodes]
     segments = [(place[ids[source[i]]], place[ids[target[i]]]) for i in order]
-    colours = [
-        (0.75, 0.1, 0.1, 0.15 + 0.8 * share[i])
-        if weight[i] > 0
-        else (0.1, 0.2, 0.75, 0.15 + 0.8 * share[i])
-        for i in order
-    ]
-    widths = [0.4 + 2.2 * float(share[i]) for i in order]
+    rgb = {True: (0.75, 0.1, 0.1), False: (0.1, 0.2, 0.75)}
+    colours = [(*rgb[bool(weight[i] > 0)], 0.1 + 0.8 * float(strength[i])) for i in order]
+    widths = [0.4 + 2.2 * float(strength[i]) for i in order]
     axes.add_collection(LineCollection(segments, colors=colours, linewidths=widths, zorder=1))
     for kind, (marker, colour) in _STYLE.items():
         mine = [graph.nodes[i] for i in graph.of_kind(kind)]  # type: ignore[arg-type]
