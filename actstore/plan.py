@@ -14,6 +14,15 @@ LOCAL_STRIPE = 400_000
 REMOTE_STRIPE = 1_500_000
 """Least bytes of a stripe on an object store."""
 
+REMOTE_AIM = 6_000_000
+"""Bytes of a stripe aimed at on an object store: a request costs it as much as some megabytes."""
+
+REMOTE_TOKEN = 900_000
+"""Bytes of one token of a stripe aimed at on an object store."""
+
+REMOTE_TOKENS = 8
+"""Tokens of a stripe beyond which only `REMOTE_STRIPE` is aimed at: pools grow with them."""
+
 MIN_PARTS = 16
 """Parts a store has at least, if it has as many items: mixing needs several."""
 
@@ -157,8 +166,8 @@ def choose_layout(
     width = ITEM_SIZE[dtype]
     widest = max(arrays, key=lambda a: a.tokens * a.channels)
     item_bytes = sum(a.tokens * a.channels for a in arrays) * width
-    aim = REMOTE_STRIPE if remote else LOCAL_STRIPE
-    wanted = max(1, round(LOCAL_STRIPE / (widest.channels * width)))
+    aim = REMOTE_TOKEN if remote else LOCAL_STRIPE
+    wanted = max(1, round(aim / (widest.channels * width)))
     fitting = max(1, budget // (buffers * item_bytes))
     size_ = part_items(items, min(wanted, fitting))
     if not remote and fitting >= wanted:
@@ -166,10 +175,11 @@ def choose_layout(
     out = []
     for array in arrays:
         one = size_ * array.channels * width
-        t = next(
-            (t for t in _divisors(array.tokens) if t * one >= (aim if remote else aim // 2)),
-            array.tokens,
-        )
+        least = LOCAL_STRIPE // 2
+        if remote:
+            far = [t for t in _divisors(array.tokens) if t <= REMOTE_TOKENS]
+            least = min(REMOTE_AIM, max(REMOTE_STRIPE, far[-1] * one))
+        t = next((t for t in _divisors(array.tokens) if t * one >= least), array.tokens)
         out.append(dataclasses.replace(array, stripe_tokens=t))
     return size_, out
 

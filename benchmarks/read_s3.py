@@ -23,14 +23,15 @@ from typing import Any
 import numpy as np
 import obstore
 import pyarrow as pa
+import torch
 import tyro
 from obstore.store import S3Store
 
 import actstore
+from actstore.loader import TokenLoader
 from actstore.manifest import ArraySpec, Manifest
 from actstore.pipeline import PartPipeline
 from actstore.plan import choose_layout
-from actstore.reader import batches
 from actstore.storage import open_storage
 from actstore.store import Store, create_store
 from benchmarks.s3 import Cost, plain_store, remove, server, timed
@@ -102,7 +103,7 @@ def write(url: str, config: Config, options: dict[str, str]) -> Store:
 
 def epoch(store: Store, epochs: int = 1) -> None:
     """Read shuffled batches."""
-    for _ in batches(store, SITE, BATCH, tokens="patch", epochs=epochs):
+    for _ in TokenLoader(store, SITE, BATCH, tokens="patch", epochs=epochs, dtype=torch.float16):
         pass
 
 
