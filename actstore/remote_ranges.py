@@ -83,17 +83,23 @@ class StorageRanges:
         spans = list(join(requests))
         self._keep(spans)
         todo = itertools.chain(spans[len(self._pending) :], join(upcoming))
-        self._submit(todo)
-        for span in spans:
-            data = self._take(span)
+        try:
             self._submit(todo)
-            view = memoryview(data)
-            for request in span.requests:
-                start = request.offset - span.offset
-                found = view[start : start + request.length]
-                if len(found) != request.length:
-                    raise truncated(self._storage, request, len(found))
-                done(request, found)
+            for span in spans:
+                data = self._take(span)
+                self._submit(todo)
+                self._hand_out(span, memoryview(data), done)
+        except BaseException:
+            self._drop()  # asked again, a failed request is sent again
+            raise
+
+    def _hand_out(self, span: Span, view: memoryview, done: Done) -> None:
+        for request in span.requests:
+            start = request.offset - span.offset
+            found = view[start : start + request.length]
+            if len(found) != request.length:
+                raise truncated(self._storage, request, len(found))
+            done(request, found)
 
     def close(self) -> None:
         """See `actstore.ranges.Ranges.close`."""
@@ -103,8 +109,10 @@ class StorageRanges:
     def _keep(self, spans: Sequence[Span]) -> None:
         """Forget what was asked for ahead unless it is the beginning of `spans`."""
         ahead = [span.key for span, _ in self._pending]
-        if ahead == [span.key for span in spans[: len(ahead)]]:
-            return
+        if ahead != [span.key for span in spans[: len(ahead)]]:
+            self._drop()
+
+    def _drop(self) -> None:
         for _, job in self._pending:
             job.cancel()
         self._pending.clear()

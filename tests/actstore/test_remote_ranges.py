@@ -53,9 +53,11 @@ def test_every_request_gets_its_bytes(wanted, ahead):
     ranges = StorageRanges(Far())
     for _ in range(2):
         found = []
-        ranges.read(
-            requests, lambda r: None, lambda r, v: found.append((r.tag, bytes(v))), requests[:ahead]
-        )
+
+        def done(r, view, found=found):
+            found.append((r.tag, bytes(view)))
+
+        ranges.read(requests, lambda r: None, done, requests[:ahead])
         assert found == [(r.tag, DATA[r.offset : r.offset + r.length]) for r in requests]
     ranges.close()
 
@@ -105,6 +107,26 @@ def test_what_is_under_way_is_bounded(monkeypatch):
     ranges.read([request(str(i), 0, 300) for i in range(20)], lambda r: None, done, [])
     assert max(most) <= 1000 + 2 * 300
     assert max(most) > 600, "and several are under way"
+    ranges.close()
+
+
+def test_a_request_that_failed_is_sent_again(monkeypatch):
+    far = Far()
+    ranges = StorageRanges(far)
+    real, left = far.read_range, [1]
+
+    def fails(path, offset, length):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise ConnectionError("the network is gone")
+        return real(path, offset, length)
+
+    far.read_range = fails
+    pool, found = [request("a", 0, 5), request("b", 0, 5)], []
+    with pytest.raises(ConnectionError, match=r"network is gone"):
+        ranges.read(pool, lambda r: None, lambda r, v: None, [])
+    ranges.read(pool, lambda r: None, lambda r, v: found.append(bytes(v)), [])
+    assert found == [DATA[:5]] * 2
     ranges.close()
 
 
