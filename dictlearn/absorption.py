@@ -61,7 +61,7 @@ class Absorption:
 
     def _of(self, column: str) -> float:
         total = sum(self.classes["positives"].to_pylist())
-        return float(sum(self.classes[column].to_pylist())) / max(1, total)
+        return float(sum(self.classes[column].to_pylist()) / max(1, total))
 
     def save(self, path: str | Path) -> Path:
         """Write the table as parquet."""
