@@ -4,12 +4,13 @@
 
 Trains a transcoder for each of the four layers of a toy from one store, traces some pictures of the
 digit, adds up the influence of every latent, and ablates the most influential ones in the model
-itself, on pictures that neither the transcoders nor the graphs have seen. The control ablates as
-many random latents of those that are active on the digit, several times.
+itself, on pictures that the model was not trained on and no graph was traced on (the transcoders,
+trained without labels on the whole store, know them). Controls ablate as many latents of largest
+activation, and as many random ones, of those active on the digit.
 """
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -83,16 +84,21 @@ def circuit(graphs: Iterable[Graph]) -> dict[tuple[int, int], float]:
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-def report(digit: int, names: Mapping[str, Tensor], controls: Tensor) -> None:
-    """Print the accuracy on the digit and on the others, for each condition."""
+def strongest(graphs: Iterable[Graph]) -> Latents:
+    """Return (layer, latent) by summed activation, largest first: what needs no graph to find."""
+    total: dict[tuple[int, int], float] = {}
+    for graph in graphs:
+        for node in graph.nodes:
+            if node.kind == "latent":
+                key = (node.layer, node.latent)
+                total[key] = total.get(key, 0.0) + node.value
+    return sorted(total, key=lambda key: -total[key])
+
+
+def row(name: str, digit: int, acc: Tensor) -> str:
+    """Say the accuracy on the digit and on the others."""
     others = [d for d in range(10) if d != digit]
-    for name, acc in names.items():
-        print(f"{name:<34} {acc[digit]:6.1%} on {digit}s, {acc[others].mean():6.1%} on the others")
-    mine, rest = controls[:, digit], controls[:, others].mean(1)
-    print(
-        f"{'random active latents':<34} {mine.mean():6.1%} on {digit}s "
-        f"(worst {mine.min():.1%} of {len(mine)} draws), {rest.mean():6.1%} on the others"
-    )
+    return f"{name:<42} {acc[digit]:6.1%} on {digit}s, {acc[others].mean():6.1%} on the others"
 
 
 def main() -> None:
@@ -105,13 +111,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--limit", type=int, help="items harvested")
     parser.add_argument("--pictures", type=int, default=12, help="pictures of the digit to trace")
-    parser.add_argument("--ablate", type=int, default=16, help="latents to take away")
-    parser.add_argument("--draws", type=int, default=20, help="random controls")
+    parser.add_argument("--ablate", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--draws", type=int, default=10, help="random controls")
     parser.add_argument("--out", default="trace-a-digit")
     parser.add_argument("--toy", action="store_true", help="half a minute, to see that it runs")
     args = parser.parse_args()
     if args.toy:
-        args.limit, args.steps, args.pictures, args.draws = 1000, 60, 2, 3
+        args.limit, args.steps, args.pictures, args.draws, args.ablate = 1000, 60, 2, 3, [16]
 
     model = vitmodels.load(args.model)
     parts = train(args, model)
@@ -137,25 +143,34 @@ def main() -> None:
         f"{len(small.nodes)} and {small.n_edges}: {args.out}/graph.json"
     )
 
-    ranked = circuit(graphs)
-    chosen = list(ranked)[: args.ablate]
-    rng = np.random.default_rng(0)
-    active = list(ranked)
-    draws = [
-        [active[i] for i in rng.choice(len(active), len(chosen), replace=False)]
-        for _ in range(args.draws)
-    ]
+    ranked = list(circuit(graphs))
+    loud = strongest(graphs)
     held = (x[unseen], label[unseen])
-    controls = torch.stack([accuracy(model, *held, parts, gone) for gone in draws])
-    print(f"{len(active)} latents are active on the {len(graphs)} pictures of a {args.digit}")
-    report(
-        args.digit,
-        {
-            "nothing ablated": accuracy(model, *held, parts, []),
-            f"{len(chosen)} latents of the circuit": accuracy(model, *held, parts, chosen),
-        },
-        controls,
-    )
+    print(f"{len(ranked)} latents are active on the {len(graphs)} pictures of a {args.digit}")
+    print(row("nothing ablated", args.digit, accuracy(model, *held, parts, [])))
+    rng = np.random.default_rng(0)
+    for count in args.ablate:
+        print(
+            row(
+                f"{count} latents of the circuit",
+                args.digit,
+                accuracy(model, *held, parts, ranked[:count]),
+            )
+        )
+        print(
+            row(
+                f"{count} latents of largest activation",
+                args.digit,
+                accuracy(model, *held, parts, loud[:count]),
+            )
+        )
+        draws = [rng.choice(len(ranked), count, replace=False) for _ in range(args.draws)]
+        controls = torch.stack(
+            [accuracy(model, *held, parts, [ranked[i] for i in draw]) for draw in draws]
+        )
+        worst = controls[:, args.digit].min()
+        name = f"{count} random active latents ({len(draws)} draws)"
+        print(row(name, args.digit, controls.mean(0)) + f", worst draw {worst:.1%}")
 
 
 if __name__ == "__main__":
