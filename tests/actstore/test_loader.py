@@ -12,7 +12,7 @@ from readings import build, check_batch, expected
 from actstore.batching import Run
 from actstore.loader import TokenLoader, _DeviceSink
 from actstore.normalise import affine
-from actstore.pools import allocate
+from actstore.pools import Buffer, allocate
 from actstore.selection import Split
 from actstore.store import Store
 
@@ -167,6 +167,82 @@ def test_the_path_of_a_device_gives_the_same_batches(
         assert torch.equal(a.item, b.item)
         assert torch.equal(a.token, b.token)
         assert a.acts.dtype == b.acts.dtype
+
+
+def test_the_prefetch_stream_copies_waits_and_keeps_in_that_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream logic of CUDA with recorded streams and events in place of the device's."""
+    store = build(tmp_path / "a", [6, 6, 5, 6, 3], size=6, widths=WIDTHS)
+    log: list[str] = []
+
+    class Event:
+        def record(self, stream: str) -> None:
+            log.append(f"event on {stream}")
+
+        def synchronize(self) -> None:
+            log.append("copied")
+
+    class Consumer:
+        def wait_event(self, event: Event) -> None:
+            log.append("consumer waits")
+
+    class On:
+        def __init__(self, stream: str) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            log.append(f"enter {self.stream}")
+
+        def __exit__(self, *_: object) -> None:
+            log.append("leave")
+
+    consumer = Consumer()
+    kept: set[int] = set()
+
+    def record_stream(self: torch.Tensor, stream: Consumer) -> None:
+        assert stream is consumer
+        kept.add(id(self))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", On)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: consumer)
+    monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
+    loader = TokenLoader(store, "s0,s1", 10, epochs=1)
+    sink = _DeviceSink(loader.selection, loader.device, loader.dtype, None)
+    sink._stream = "prefetch"
+    buffer = Buffer(loader.selection, 40, allocate)
+    buffer.rows = 20
+    sink.upload(buffer)
+    # on the stream of its own, and done before the reading thread may fill the memory again
+    assert log == ["enter prefetch", "event on prefetch", "leave", "copied"]
+    sink.begin(10)
+    sink.take(buffer, 0, 10, 0)
+    assert log[4:] == ["consumer waits"]
+    # memory of the copies is not given to anybody else while the consumer may work on it
+    assert kept == {id(v) for v in buffer.extra[0]}
+    assert sink.lend(buffer, 0, 10) is None
+    assert len(sink.finish()) == 10
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_set_smaller_than_a_batch_goes_round(tmp_path: Path, drop_last: bool) -> None:
+    store = build(tmp_path / "a", [2], size=2, tokens=0)
+    loader = TokenLoader(store, "s0", 100, drop_last=drop_last)
+    got = [b for b, _ in zip(loader, range(5), strict=False)]
+    assert len(loader) == 1
+    assert [sorted(b.item.tolist()) for b in got] == [[0, 1]] * 5
+    streams = [TokenLoader(store, "s0", 4, streams=4, rank=r, world=4, epochs=1) for r in range(4)]
+    assert sorted(i for x in streams for b in x for i in b.item.tolist()) == [0, 1]
+
+
+def test_a_store_that_is_being_harvested_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = build(tmp_path / "a", [4, 4, 4], size=4, commit={1})
+    loader = TokenLoader(store, "s0", 5, epochs=1)
+    assert {i for b in loader for i in b.item.tolist()} == {4, 5, 6, 7}
+    assert "is incomplete: reading the 1 committed of 3 parts" in caplog.text
 
 
 def test_tensors_survive_the_loader(store: Store) -> None:

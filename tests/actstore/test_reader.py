@@ -14,7 +14,7 @@ from readings import build, check_batch, expected
 
 import actstore
 from actstore.manifest import ArraySpec, FormatError
-from actstore.reader import batches, epochs_of, sequential
+from actstore.reader import batches, sequential
 from actstore.selection import Selection, Split
 
 SLOW = settings(
@@ -187,46 +187,6 @@ def test_memory_of_a_batch_is_reused_only_when_nobody_looks(tmp_path: Path) -> N
     assert all(np.array_equal(a, b) for a, b in zip(kept, copies, strict=True))
 
 
-def owner(values: np.ndarray) -> np.ndarray:
-    return values if values.base is None else owner(values.base)
-
-
-def test_batches_are_views_of_two_pools_where_nothing_is_converted(tmp_path: Path) -> None:
-    store = build(tmp_path / "a", [64] * 4, size=64, tokens=8)
-    selection = Selection(store, "s0")
-    pool = epochs_of(selection, 50, seed=0, streams=1)(0).max_pool_rows
-    lent = [id(owner(b.acts)) for b in batches(store, "s0", 50) if len(owner(b.acts)) == pool]
-    assert len(lent) > 30
-    assert len(set(lent)) == 2
-    converted = {len(owner(b.acts)) for b in batches(store, "s0", 50, dtype="float32")}
-    assert converted <= {50, 2304 % 50}
-
-
-def test_a_kept_slice_pins_few_pools_and_its_values_stay(tmp_path: Path) -> None:
-    store = build(tmp_path / "a", [8] * 40, size=8, tokens=8)
-    selection = Selection(store, "s0")
-    order = epochs_of(selection, 16, seed=0, streams=1)(0)
-    assert order.pools > 12
-    kept = [b.acts[3:5] for b in batches(store, "s0", 16)]
-    copies = [b.acts[3:5].copy() for b in batches(store, "s0", 16)]
-    assert all(np.array_equal(a, b) for a, b in zip(kept, copies, strict=True))
-    pinned = {id(owner(a)) for a in kept if len(owner(a)) > 16}
-    assert 1 <= len(pinned) <= 2
-
-
-def test_every_second_batch_kept_for_a_while(tmp_path: Path) -> None:
-    """A queue of some batches between reader and consumer, as a prefetching consumer has."""
-    store = build(tmp_path / "a", [8] * 40, size=8, tokens=8)
-    waiting: list[Any] = []
-    seen = 0
-    for b in batches(store, "s0", 16):
-        waiting.append(b)
-        if len(waiting) > 5:
-            seen += len(check_batch(store, waiting.pop(0)))
-    seen += sum(len(check_batch(store, b)) for b in waiting)
-    assert seen == 320 * 9
-
-
 def test_splits_share_no_item_and_leave_none_out(tmp_path: Path) -> None:
     store = build(tmp_path / "a", [20, 20, 20, 7], size=20, widths=(4, 2))
     sets = {}
@@ -265,6 +225,53 @@ def test_items_by_position_and_mask(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=match):
             batches(store, "s0", 3, items=items)
+
+
+def test_only_items_of_some_labels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 5, 60)
+    values = np.broadcast_to(label[:, None, None], (60, 3, 2)).astype(np.float32)
+    store = actstore.write_arrays(
+        tmp_path / "a", {"s": {"patch": values}}, items_per_part=8, table={"label": label}
+    )
+    table = store.table()
+    wanted = np.isin(table["label"].to_numpy(), [1, 4])
+    items = table["position"].to_numpy()[wanted]
+    got = np.concatenate([b.acts for b in batches(store, "s", 16, items=items)])
+    assert len(got) == 3 * np.isin(label, [1, 4]).sum()
+    assert set(got.ravel()) == {1, 4}
+
+
+def test_a_split_is_made_before_reading_and_stays_when_parts_are_added(tmp_path: Path) -> None:
+    """No item changes sides: what was held out of a part stays held out of a larger store."""
+    split = Split(half="validation", holdout=0.3, seed=5)
+    few = build(tmp_path / "few", [20] * 5, size=20, commit={0, 3})
+    all_ = build(tmp_path / "all", [20] * 5, size=20)
+    one, other = Selection(few, "s0", items=split), Selection(all_, "s0", items=split)
+    assert one.parts.tolist() == [0, 3]
+    for part in (0, 3):
+        rows = one.rows(part)
+        assert rows is not None
+        assert np.array_equal(rows, other.rows(part))
+    sites = build(tmp_path / "b", [20] * 5, size=20, widths=(4, 2))
+    held = [
+        {i for b in batches(sites, site, 16, tokens=kind, items=split) for i in b.item.tolist()}
+        for site, kind in (("s0", "cls"), ("s1", "patch"))
+    ]
+    assert held[0] == held[1]  # of any site and kind: the split is one of items
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_one_token_of_one_item_in_order_and_shuffled(tmp_path: Path, batch_size: int) -> None:
+    store = build(tmp_path / "a", [1], size=1, tokens=0)
+    for read in (batches, sequential):
+        [only] = read(store, "s0", batch_size)
+        assert check_batch(store, only) == {(0, 0)}
+    store = build(tmp_path / "b", [3], size=3, tokens=2)
+    got = list(sequential(store, "s0", batch_size))
+    assert set().union(*(check_batch(store, b) for b in got)) == set(
+        itertools.product(range(3), range(3))
+    )
 
 
 def test_a_store_that_grows_is_read_as_far_as_committed(
