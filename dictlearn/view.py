@@ -41,6 +41,8 @@ class View:
     """Names of the model's classes, one a line."""
     other_store: bool = False
     """Accept dictionaries trained on another store of the same model."""
+    tokens: str | None = None
+    """Token kinds to look at; those each dictionary was trained on by default."""
     seed: int = 0
     """Of the random items of each latent."""
     serve: bool = False
@@ -66,6 +68,7 @@ def view(config: View) -> int:
         top=config.top,
         thumbs=config.thumbs,
         seed=config.seed,
+        tokens=config.tokens,
         classes=_classes(config.classes),
         other_store=config.other_store,
     )

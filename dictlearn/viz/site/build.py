@@ -18,7 +18,7 @@ from dictlearn.viz.site.facts import label_names
 from dictlearn.viz.site.graphs import Graphs
 from dictlearn.viz.site.inside import Inside
 from dictlearn.viz.site.items import ItemPages
-from dictlearn.viz.site.origin import check_dictionary, open_data
+from dictlearn.viz.site.origin import check_dictionary, open_data, trained_on
 from dictlearn.viz.site.passes import Pass, look
 from dictlearn.viz.site.pictures import Pictures
 from dictlearn.viz.site.shards import Shelf, short
@@ -49,6 +49,8 @@ class SiteOptions:
     """Pictures written at most; items beyond are shown as maps of positions."""
     seed: int = 0
     """Of the random items of each latent."""
+    tokens: str | None = None
+    """Token kinds, ``cls,patch``; None for those each dictionary was trained on."""
     classes: tuple[str, ...] = ()
     """Names of the model's classes; taken from the store's labels where they fit."""
     other_store: bool = False
@@ -193,7 +195,7 @@ class _Build:
         store, shelf = self.store, self.shelf
         write_assets(shelf)
         passes: list[Pass] = []
-        for n, (name, (dictionary, _)) in enumerate(dictionaries.items()):
+        for n, (name, (dictionary, path)) in enumerate(dictionaries.items()):
             self.tell("read the store", n, len(dictionaries))
             with self._timed("pass"):
                 passes.append(
@@ -203,6 +205,7 @@ class _Build:
                         name=name,
                         folder=f"d{n}",
                         labels=self.label_R,
+                        tokens=self.options.tokens or trained_on(path, store, dictionary),
                         top=self.options.top,
                         seed=self.options.seed,
                     )

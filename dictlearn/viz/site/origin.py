@@ -65,6 +65,13 @@ def described(path: Path) -> dict[str, Any]:
     return dict(config.get("about") or {}) if native else {}
 
 
+def trained_on(path: Path, store: Store, dictionary: Dictionary) -> str | None:
+    """Return the token kinds a dictionary was trained on, None where that is not known."""
+    site = next(iter(dictionary.config.reads))
+    kinds = [kind for kind in described(path).get("tokens") or () if kind in store.kinds(site)]
+    return ",".join(kinds) or None
+
+
 def open_data(store: Store, data: Any) -> tuple[Any | None, str]:
     """Return the data set of a store, or None and why it cannot be shown.
 

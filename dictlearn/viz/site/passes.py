@@ -37,7 +37,7 @@ class Pass:
     kinds: tuple[str, ...]
     """Token kinds it was looked at on."""
     first: dict[str, tuple[int, int]]
-    """First token of each kind and one more than its last."""
+    """First token of each kind stored and one more than its last."""
     grid: tuple[int, ...]
     """Patches as (height, width) or (time, height, width); empty where unknown."""
     found: Sparsity
@@ -74,6 +74,7 @@ class Pass:
             "sparsify": str(config.sparsify),
             "latents": self.dictionary.latents,
             "shard": SHARD,
+            "top": self.gather.top,
             "kinds": list(self.facts.kinds),
             "tokens": dict(zip(self.found.kinds, self.found.tokens.tolist(), strict=True)),
             "l0": {k: short(v) for k, v in self.found.l0_by_kind.items()},
@@ -94,6 +95,7 @@ def look(
     name: str,
     folder: str,
     labels: Int[np.ndarray, " r"],
+    tokens: str | None,
     top: int,
     seed: int,
 ) -> Pass:
@@ -107,26 +109,27 @@ def look(
         See `Pass`.
     labels
         Label index of every readable item.
-    top, seed
+    tokens, top, seed
         See `dictlearn.viz.site.build.SiteOptions`.
     """
     site = next(iter(dictionary.config.reads))
-    kinds = store.kinds(site)
-    specs = {kind: store.spec(site, kind) for kind in kinds}
+    wanted = None if tokens is None else {t.strip() for t in tokens.split(",")}
+    specs = {kind: store.spec(site, kind) for kind in store.kinds(site)}
+    kinds = tuple(kind for kind in specs if wanted is None or kind in wanted)
     spans = {kind: (spec.first, spec.first + spec.tokens) for kind, spec in specs.items()}
-    grid = store.grid(site).patch if "patch" in kinds and _has_grid(store, site) else ()
+    grid = store.grid(site).patch if "patch" in specs and _has_grid(store, site) else ()
     if "patch" in specs and grid and math.prod(grid) != specs["patch"].tokens:
         grid = ()
     gather = Gather(
         latents=dictionary.latents,
         first=tuple(specs[kind].first for kind in kinds),
         width=max(end for _, end in spans.values()),
-        tokens=store.n_items * sum(spec.tokens for spec in specs.values()),
+        tokens=store.n_items * sum(specs[kind].tokens for kind in kinds),
         ceiling=_ceiling(store, dictionary, kinds),
         top=top,
         seed=seed,
     )
-    found = sparsity(store, dictionary, also=(gather,))
+    found = sparsity(store, dictionary, tokens=tokens, also=(gather,))
     gathered: Gathered = found.also[0]
     known = facts(
         found,

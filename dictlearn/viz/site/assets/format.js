@@ -26,6 +26,9 @@
     signed: (x, n = 2) => (Number.isFinite(x) ? `${x >= 0 ? "+" : "−"}${Math.abs(x).toFixed(n)}` : dash),
   };
 
+  // The last two parts of a path; any other key as it is.
+  View.shortKey = (key) => (/^[a-z]+:\/\/|^\/|^[A-Za-z]:\\/.test(key) ? key.split(/[\\/]/).slice(-2).join("/") : key);
+
   // Where a token lies: {kind, index, row, column, time} by the site's token order.
   View.place = (dictionary, token) => {
     for (const [kind, [first, end]] of Object.entries(dictionary.first)) {

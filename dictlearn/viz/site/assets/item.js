@@ -9,7 +9,7 @@
     const [record, labels] = await Promise.all([View.itemRecord(position), View.labels()]);
     const title = record.label >= 0 ? labels[record.label] : `Item ${position}`;
     const head = h("div.heading", null,
-      h("p.crumb", null, h("a", { href: View.route.to(["items"]) }, "Items"), ` / ${record.key}`),
+      h("p.crumb", { title: record.key }, h("a", { href: View.route.to(["items"]) }, "Items"), ` / ${View.shortKey(record.key)}`),
       h("h1", null, title), h("p.facts", null, h("span", null, `store position ${position}`), h("span", null, `data set position ${record.source}`)));
     const d = Math.min(View.site.dictionaries.length - 1, Math.max(0, Number(query.get("d")) || 0));
     const state = {
@@ -101,7 +101,7 @@
         row.addEventListener("pointerenter", () => draw(latent));
         row.addEventListener("pointerleave", () => draw());
         return row;
-      }) : [h("p.note-line", null, "No latent is active at this token.")]));
+      }) : [h("p.note-line", null, state.codes[stage.token] ? "No latent is active at this token." : "This site does not look at the dictionary on this token.")]));
     }
 
     function choose(latent) {

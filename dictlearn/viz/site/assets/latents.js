@@ -84,14 +84,14 @@
       }, kind, h("span.num.faint", null, View.format.count(counts[i]))) : null)).filter(Boolean));
     }
     function drawMinis() {
-      const shown = [["density", "Density", logBins()], ["purity", "Label purity", unitBins()], ["entropy", "Spread over positions", unitBins()]];
+      const shown = [["density", "Density", logBins()], ["purity", "Label purity", unitBins(Math.min(20, dictionary.top))], ["entropy", "Spread", unitBins(20)]];
       minis.replaceChildren(...shown.filter(([id]) => data.has(id)).map(([id, title, bins]) => {
         const counts = bins.map(() => 0);
         for (let i = 0; i < data.count; i++) {
           const x = data.number(id, i), at = bins.findIndex(([a, b]) => x >= a && x < b);
           if (at >= 0) counts[at]++;
         }
-        const words = (x) => (id === "density" ? View.format.share(x) : View.format.fixed(Math.min(1, x)));
+        const words = (x) => (id === "density" ? View.format.share(Math.min(1, x)).replace(/\.?0+ %/, " %") : View.format.fixed(Math.min(1, x)));
         return View.bars(title, bins.map(([a, b], i) => ({
           count: counts[i], on: !!ranges[id] && ranges[id][0] === a && ranges[id][1] === b,
           title: `${title} ${words(a)} to ${words(b)}: ${View.format.count(counts[i])} latents`,
@@ -137,7 +137,8 @@
       h("p.facts", null, parts.map((p) => h("span", null, p))));
   }
   const icon = () => s("svg.icon", { viewBox: "0 0 16 16", "aria-hidden": "true" }, s("circle", { cx: 7, cy: 7, r: 4.5 }), s("path", { d: "M10.5 10.5 14 14" }));
-  const unitBins = () => Array.from({ length: 20 }, (_, i) => [i / 20, i === 19 ? 1.0001 : (i + 1) / 20]);
+  // edges a hair low, so that shares such as 5/16 fall into their own bin after packing
+  const unitBins = (n) => Array.from({ length: n }, (_, i) => [i ? i / n - 1e-4 : 0, i === n - 1 ? 1.0001 : (i + 1) / n - 1e-4]);
   const logBins = () => Array.from({ length: 20 }, (_, i) => [10 ** (-5 + i / 4), i === 19 ? 1.0001 : 10 ** (-5 + (i + 1) / 4)]);
   function readRanges(query) {
     const out = {};

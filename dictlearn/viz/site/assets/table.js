@@ -55,6 +55,7 @@
     }
 
     draw() {
+      this.head.parentElement.style.paddingRight = `${this.body.offsetWidth - this.body.clientWidth}px`;
       const first = Math.max(0, Math.floor(this.body.scrollTop / ROW) - SPARE);
       const last = Math.min(this.order.length, Math.ceil((this.body.scrollTop + this.body.clientHeight) / ROW) + SPARE);
       for (const [i, row] of this.rows) {
