@@ -146,22 +146,25 @@ def stacked(
 
 
 def place_edits(
-    places: Sequence[Place], source: Mapping[str, Tensor], infos: Mapping[str, SiteInfo]
+    places: Sequence[Place | Sequence[Place]],
+    source: Mapping[str, Tensor],
+    infos: Mapping[str, SiteInfo],
 ) -> dict[str, Edit]:
-    """Return edits of K x B rows: copy k takes the source's values at place k.
+    """Return edits of K x B rows: copy k takes the source's values at place k, or at several.
 
     Parameters
     ----------
     places
-        K of them.
+        K of them, or K sets of them.
     source
         Site -> ``[B, *shape]``.
     infos
         Sites by name.
     """
     by_site: dict[str, list[tuple[int, Place]]] = {}
-    for k, place in enumerate(places):
-        by_site.setdefault(place.site, []).append((k, place))
+    for k, given in enumerate(places):
+        for place in [given] if isinstance(given, Place) else given:
+            by_site.setdefault(place.site, []).append((k, place))
     count = len(places)
 
     def make(site: str, mine: Sequence[tuple[int, Place]]) -> Edit:
@@ -223,3 +226,32 @@ def run_places(
             for (number, _), logits_BC in zip(chunk, logits, strict=True):
                 result[number] = values_of(metric, logits_BC)
     return torch.stack([value for value in result if value is not None])
+
+
+def run_sets(
+    model: VisionModel,
+    x: Batch,
+    sets: Sequence[Sequence[Place]],
+    source: Mapping[str, Tensor],
+    metric: Metric,
+    *,
+    infos: Mapping[str, SiteInfo],
+    rows: int = ROWS,
+) -> Tensor:
+    """Return the metric ``[sets, B]`` of runs of `x` edited at all places of one set each.
+
+    Parameters are those of :func:`run_places`.
+    """
+    items = n_items(x)
+    order = {name: number for number, name in enumerate(model.anatomy.taps)}
+    size = max(1, rows // items)
+    result: list[Tensor] = []
+    with torch.no_grad():
+        for start in range(0, len(sets), size):
+            chosen = sets[start : start + size]
+            first = min((p.site for places in chosen for p in places), key=order.__getitem__)
+            edits = place_edits(chosen, source, infos)
+            with stacked(model, x, len(chosen), first, edits) as batch:
+                logits = copies_of(model(batch), len(chosen))
+            result += [values_of(metric, logits_BC) for logits_BC in logits]
+    return torch.stack(result)
