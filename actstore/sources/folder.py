@@ -7,7 +7,7 @@ import fsspec
 from PIL import Image
 
 from actstore.sources.base import Undecodable, decode_image, digest
-from actstore.sources.places import absolute
+from actstore.sources.places import absolute, reached
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
@@ -24,9 +24,10 @@ class Folder:
 
     def __init__(self, url: str, storage_options: dict[str, Any] | None = None) -> None:
         self._url = absolute(url)
-        self._fs, root = fsspec.core.url_to_fs(self._url, **(storage_options or {}))
-        root = root.rstrip("/")
-        found = self._fs.find(root, detail=True)
+        with reached(self._url):
+            self._fs, root = fsspec.core.url_to_fs(self._url, **(storage_options or {}))
+            root = root.rstrip("/")
+            found = self._fs.find(root, detail=True)
         sizes = {
             path[len(root) + 1 :]: int(info["size"])
             for path, info in found.items()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from actstore.index import SCHEMA
 from actstore.sources.base import Undecodable, decode_image, digest
-from actstore.sources.places import absolute
+from actstore.sources.places import absolute, reached
 
 CACHE_BYTES = 256 << 20
 """Room for decompressed row groups, in bytes; at least the newest one is kept."""
@@ -35,8 +35,9 @@ class Parquet:
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._url = absolute(url)
-        self._fs, path = fsspec.core.url_to_fs(self._url, **(storage_options or {}))
-        self._paths = self._expand(path)
+        with reached(self._url):
+            self._fs, path = fsspec.core.url_to_fs(self._url, **(storage_options or {}))
+            self._paths = self._expand(path)
         self._files: list[pq.ParquetFile] = []
         self._locks: list[threading.Lock] = []
         starts, groups, entries = [0], [], []

@@ -1,9 +1,10 @@
 """Lists of files by path, brace pattern, glob or folder, local or by fsspec URL."""
 
+import contextlib
 import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import fsspec
@@ -65,6 +66,35 @@ def _check(total: int, pattern: str) -> None:
         raise ValueError(f"{pattern!r} stands for more than {MAX_FILES:,} files")
 
 
+@contextlib.contextmanager
+def reached(url: str) -> Iterator[None]:
+    """Say what to do where the storage of a URL refuses or does not answer.
+
+    Raises
+    ------
+    PermissionError
+        When it denies access.
+    ConnectionError
+        For the errors of its own that every file system of fsspec has.
+    """
+    try:
+        yield
+    except PermissionError:
+        raise PermissionError(
+            f"{url}: its storage denied access; check the credentials (storage options key and "
+            "secret, or those of the environment) and their rights"
+        ) from None
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:
+        if "://" not in url:
+            raise
+        raise ConnectionError(
+            f"{url}: its storage cannot be reached ({type(error).__name__}); check the storage "
+            "option endpoint_url, or the network"
+        ) from None
+
+
 def find_files(
     url: str, storage_options: Mapping[str, Any] | None, extensions: tuple[str, ...]
 ) -> tuple[Any, list[str], list[int]]:
@@ -87,17 +117,24 @@ def find_files(
     found: dict[str, int] = {}
     fs = None
     for name in expand_braces(absolute(url)):
-        fs, path = fsspec.core.url_to_fs(name, **dict(storage_options or {}))
-        if any(sign in path for sign in "*?["):
-            infos = fs.glob(path, detail=True)
-        elif fs.isdir(path):
-            infos = fs.find(path, detail=True)
-            infos = {p: info for p, info in infos.items() if p.lower().endswith(extensions)}
-        else:
-            infos = {path: fs.info(path)} if fs.exists(path) else {}
+        with reached(name):
+            fs, path = fsspec.core.url_to_fs(name, **dict(storage_options or {}))
+            infos = _infos(fs, path, extensions)
         if not infos:
             raise FileNotFoundError(
                 f"{name}: no {' or '.join(e.lstrip('.') for e in extensions)} file there"
             )
         found.update((p, int(infos[p]["size"])) for p in sorted(infos))
     return fs, list(found), list(found.values())
+
+
+def _infos(fs: Any, path: str, extensions: tuple[str, ...]) -> Mapping[str, Any]:
+    """Return what the file system says of the files of a path, folder or glob."""
+    found: dict[str, Any]
+    if any(sign in path for sign in "*?["):
+        found = fs.glob(path, detail=True)
+        return found
+    if fs.isdir(path):
+        found = fs.find(path, detail=True)
+        return {p: info for p, info in found.items() if p.lower().endswith(extensions)}
+    return {path: fs.info(path)} if fs.exists(path) else {}

@@ -10,7 +10,7 @@ import fsspec
 
 from actstore.credentials import public
 from actstore.sources.base import Undecodable, digest
-from actstore.sources.places import absolute
+from actstore.sources.places import absolute, reached
 from vitmodels.clips import EXTENSIONS, Clip, ClipSampling, read_clip
 
 PREFIX = "video:"
@@ -45,9 +45,10 @@ class VideoFolder:
         self.sampling = sampling or ClipSampling(frames=1)
         self._frames_known = sampling is not None
         self._url = absolute(url)
-        self._fs, root = fsspec.core.url_to_fs(self._url, **dict(storage_options or {}))
-        root = root.rstrip("/")
-        found = self._fs.find(root, detail=True)
+        with reached(self._url):
+            self._fs, root = fsspec.core.url_to_fs(self._url, **dict(storage_options or {}))
+            root = root.rstrip("/")
+            found = self._fs.find(root, detail=True)
         if set(found) == {root}:
             root = root.rpartition("/")[0]
         sizes = {
