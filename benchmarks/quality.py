@@ -1,7 +1,7 @@
 """Held-out FVU at equal L0, tokens, batches and learning-rate schedule, beside the peers.
 
-    python benchmarks/quality.py --export STORE --site blocks.7.resid_post --data tokens.npz
-    PYTHONPATH=. PEERS/bin/python benchmarks/quality.py --data tokens.npz --out quality.jsonl
+    python benchmarks/quality.py --export STORE --site blocks.7.resid_post --data tokens
+    PYTHONPATH=. PEERS/bin/python benchmarks/quality.py --data tokens --out quality.jsonl
     python benchmarks/quality.py --table quality.jsonl > docs/results/quality.md
 
 The first command writes shuffled training tokens and held-out tokens of a store, in units of the
@@ -86,7 +86,9 @@ def export(url: str, site: str, path: Path, tokens: int) -> None:
                 break
         parts[half] = np.concatenate(rows)
     factor = float(parts["train"].var(0).mean()) ** -0.5
-    np.savez(path, **{k: (v * factor).astype(np.float32) for k, v in parts.items()})
+    path.mkdir(parents=True, exist_ok=True)
+    for half, rows_ in parts.items():
+        np.save(path / f"{half}.npy", (rows_ * factor).astype(np.float32))
     sys.stdout.write(f"{path}: {', '.join(f'{k} {v.shape}' for k, v in parts.items())}\n")
 
 
@@ -197,8 +199,8 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    with np.load(args.data) as file:
-        tokens, held = (torch.from_numpy(file[k]) for k in ("train", "validation"))
+    files = [args.data / f"{half}.npy" for half in ("train", "validation")]
+    tokens, held = (torch.from_numpy(np.load(file, mmap_mode="r")) for file in files)
     width = tokens.shape[1]
     done = (
         [json.loads(line) for line in args.out.read_text().splitlines()]
