@@ -190,6 +190,8 @@ def replacement(
         A model that this does not work for (the message says why), or transcoders that do not
         belong to it, or more than one input.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("tracing needs autograd: call it outside of torch.inference_mode()")
     check_model(model)
     parts = (
         dictionaries if isinstance(dictionaries, Transcoders) else transcoders(model, dictionaries)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dictlearn.circuits.replacement import Replacement
+from vitmodels.zeroshot import ZeroShotHead
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,7 +48,8 @@ def class_readouts(
     Parameters
     ----------
     replacement
-        Of a model with logits, whose values decide which classes are likeliest.
+        Of a model with logits, whose values decide which classes are likeliest. With a zero-shot
+        head the readouts are at ``projection``, the length of the embedding held fixed.
     classes
         Class numbers; by default the likeliest until they hold `share` of the probability, at
         most `most` (as Ameisen et al. 2025 do).
@@ -87,17 +89,31 @@ def class_readouts(
         against_C += 1 / n_classes
     elif isinstance(contrast, int):
         against_C[contrast] = 1
-    readouts = []
-    for c in classes:
-        direction_C = -against_C
-        direction_C[c] += 1
-        name = names[c] if names is not None else str(c)
-        readouts.append(
-            Readout(
-                name=name, site="logits", direction=direction_C, probability=float(p_C[c]), index=c
-            )
+    site, rows_C = _class_rows(replacement)
+    directions = torch.eye(n_classes).to(logits_C)[list(classes)] - against_C
+    return [
+        Readout(
+            name=names[c] if names is not None else str(c),
+            site=site,
+            direction=direction_C if rows_C is None else direction_C @ rows_C,
+            probability=float(p_C[c]),
+            index=c,
         )
-    return readouts
+        for c, direction_C in zip(classes, directions, strict=True)
+    ]
+
+
+def _class_rows(replacement: Replacement) -> tuple[str, Tensor | None]:
+    """Return the site to read classes at, and the direction of each class there, [C, E].
+
+    A zero-shot head scores by cosines; with the length of the image's embedding held fixed, like
+    the denominators of the norms, these are affine in the projection.
+    """
+    head = getattr(replacement.model.module, "head", None)
+    if not isinstance(head, ZeroShotHead) or "projection" not in replacement.affine:
+        return "logits", None
+    length = replacement.values["projection"][0].norm()
+    return "projection", head.scale / length * head.weight_CE
 
 
 def check_readouts(replacement: Replacement, readouts: Sequence[Readout]) -> None:

@@ -13,23 +13,25 @@ import vitmodels
 from dictlearn.circuits.replacement import replacement
 from dictlearn.circuits.replacement_norms import frozen, recording
 from dictlearn.circuits.replacement_parts import transcoders
-from dictlearn.circuits.tracing import Readout, trace
+from dictlearn.circuits.tracing import Readout, class_readouts, trace
 from dictlearn.circuits.tracing_effects import measure
 from dictlearn.config import ReLU, TopK
 from dictlearn.dictionary import Dictionary
 from dictlearn.formats import save
 from vitmodels.families import hf_clip, hf_dinov2, hf_siglip, hf_vit, open_clip_vit, timm_vit
+from vitmodels.family import call_module
+from vitmodels.model import VisionModel
+from vitmodels.taps import OutputTap
+from vitmodels.zeroshot import ZeroShot, ZeroShotHead
 
 
 @pytest.fixture(scope="module")
-def model() -> vitmodels.VisionModel:
+def model() -> VisionModel:
     return cases.toy()
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
-def test_nothing_changed_the_replacement_equals_the_model(
-    model: vitmodels.VisionModel, kind: str
-) -> None:
+def test_nothing_changed_the_replacement_equals_the_model(model: VisionModel, kind: str) -> None:
     """Codes + bias + error + linear path give every MLP's output; so the logits are the model's."""
     x = cases.image(model)
     made = replacement(model, cases.KINDS[kind](), x)
@@ -50,7 +52,7 @@ def test_nothing_changed_the_replacement_equals_the_model(
         assert len(entries.token)
 
 
-def test_no_hook_stays(model: vitmodels.VisionModel) -> None:
+def test_no_hook_stays(model: VisionModel) -> None:
     x = cases.image(model)
     before = model(x[None])
     replacement(model, cases.pair(), x)
@@ -150,6 +152,42 @@ def test_a_head_that_is_not_affine_is_no_place_for_a_readout() -> None:
         trace(made)
 
 
+def test_classes_of_a_zero_shot_head() -> None:
+    """Cosines with the length held fixed: values are the logits, edges add up to them."""
+    torch.manual_seed(0)
+    tower = vitmodels.wrap(open_clip_vit.FAMILY.conformance()["gelu"]().eval())
+    weight = nn.functional.normalize(torch.randn(5, 20), dim=1)
+    head = ZeroShotHead(weight, scale=10.0, bias=0.0)
+    taps = {**tower.anatomy.taps, "logits": OutputTap(module=head)}
+    anatomy = dataclasses.replace(tower.anatomy, taps=taps, n_classes=5, call=call_module)
+    model = VisionModel(module=ZeroShot(tower, head).eval(), anatomy=anatomy, spec=tower.spec)
+    d = model.spec.d_model
+    dictionaries = [
+        Dictionary(
+            {f"blocks.{i}.mlp_in": d}, {f"blocks.{i}.mlp_out": d}, latents=24, sparsify=TopK(2)
+        )
+        for i in range(model.spec.n_layers)
+    ]
+    made = replacement(model, dictionaries, torch.randn(model.spec.input_shape))
+    assert "logits" not in made.affine
+    readouts = class_readouts(made, [2, 4], contrast=None)
+    for readout in readouts:
+        assert readout.site == "projection"
+        logit = float(made.values["logits"][0, readout.index])
+        assert readout.value(made) == pytest.approx(logit, rel=1e-4, abs=1e-5)
+    assert trace(made, readouts).scores["residual"] < 1e-4
+    between = class_readouts(made, [2], contrast=4)[0]
+    assert between.value(made) == pytest.approx(
+        readouts[0].value(made) - readouts[1].value(made), rel=1e-4, abs=1e-5
+    )
+
+
+def test_inference_mode_is_refused(model: VisionModel) -> None:
+    x = cases.image(model)
+    with torch.inference_mode(), pytest.raises(ValueError, match="tracing needs autograd"):
+        replacement(model, cases.pair(), x)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -163,15 +201,13 @@ def test_a_head_that_is_not_affine_is_no_place_for_a_readout() -> None:
         ),
     ],
 )
-def test_models_that_cannot_be_traced(
-    make: Callable[[], vitmodels.VisionModel], message: str
-) -> None:
+def test_models_that_cannot_be_traced(make: Callable[[], VisionModel], message: str) -> None:
     model = make()
     with pytest.raises(ValueError, match=message):
         replacement(model, [], torch.zeros(model.spec.input_shape))
 
 
-def test_a_nonlinear_part_is_found_by_measuring(model: vitmodels.VisionModel) -> None:
+def test_a_nonlinear_part_is_found_by_measuring(model: VisionModel) -> None:
     """A block with an activation in its stream passes every check of names, and is refused."""
     other = vitmodels.load("toy/digits-2l")
     other.module.blocks[1].norm1 = nn.Sequential(other.module.blocks[1].norm1, nn.Tanh())
@@ -180,7 +216,7 @@ def test_a_nonlinear_part_is_found_by_measuring(model: vitmodels.VisionModel) ->
         replacement(bent, cases.pair(), cases.image(model))
 
 
-def test_sae_instead_of_transcoder(model: vitmodels.VisionModel) -> None:
+def test_sae_instead_of_transcoder(model: VisionModel) -> None:
     sae = Dictionary({"blocks.0.mlp_out": 64}, latents=8, sparsify=TopK(2))
     message = r"dictionary mine reads blocks\.0\.mlp_out .*: it is an SAE; .* dictlearn train STORE"
     with pytest.raises(ValueError, match=message):
@@ -195,7 +231,7 @@ def test_sae_instead_of_transcoder(model: vitmodels.VisionModel) -> None:
         transcoders(model, [cases.layer(0), back])
 
 
-def test_missing_and_double_layers(model: vitmodels.VisionModel) -> None:
+def test_missing_and_double_layers(model: VisionModel) -> None:
     with pytest.raises(ValueError, match=r"has 2 layers, but no transcoder reads layer 1; train"):
         transcoders(model, [cases.layer(0)])
     with pytest.raises(ValueError, match=r"two transcoders read blocks\.0\.mlp_in"):
@@ -205,7 +241,7 @@ def test_missing_and_double_layers(model: vitmodels.VisionModel) -> None:
         transcoders(model, [*cases.pair(), deep])
 
 
-def test_another_width_and_unfit_kinds(model: vitmodels.VisionModel) -> None:
+def test_another_width_and_unfit_kinds(model: VisionModel) -> None:
     wide = Dictionary(
         {"blocks.0.mlp_in": 32}, {"blocks.0.mlp_out": 32}, latents=8, sparsify=TopK(2)
     )
@@ -217,7 +253,7 @@ def test_another_width_and_unfit_kinds(model: vitmodels.VisionModel) -> None:
         transcoders(model, cases.pair(latent_norm=True))
 
 
-def test_transcoders_of_another_model(model: vitmodels.VisionModel, tmp_path: Path) -> None:
+def test_transcoders_of_another_model(model: VisionModel, tmp_path: Path) -> None:
     """The digest of the weights tells it, not the name."""
     mine = model.spec.to_json()
     other = dataclasses.replace(model.spec, id="toy/other", weights="sha256:beef").to_json()
@@ -237,7 +273,7 @@ def test_transcoders_of_another_model(model: vitmodels.VisionModel, tmp_path: Pa
         transcoders(model, tmp_path / "nowhere")
 
 
-def test_one_input_at_a_time(model: vitmodels.VisionModel) -> None:
+def test_one_input_at_a_time(model: VisionModel) -> None:
     x = cases.image(model)
     with pytest.raises(ValueError, match=r"one input of shape \(1, 20, 20\), got \(2, 1, 20, 20\)"):
         replacement(model, cases.pair(), x.expand(2, -1, -1, -1))
