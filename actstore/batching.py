@@ -8,6 +8,7 @@ takes fresh memory, and from then on batches are copies, which pin nothing but t
 """
 
 import dataclasses
+import functools
 import logging
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -121,7 +122,8 @@ class Run:
         after_fill: Callable[[Buffer], None] | None = None,
     ) -> None:
         self.selection, self.streams = selection, streams
-        self._order_of = _last_two(order_of)
+        # the thread plans up to three pools ahead, which may be epochs
+        self._order_of = functools.lru_cache(4)(order_of)
         self._first, self._last = first, last
         order = self._order_of(0)
         self._batches = per_epoch or order.batches
@@ -239,18 +241,3 @@ class _Hands:
         for buffer in [b for b in self._dropped if not b.lent]:
             self._dropped.remove(buffer)
             self._thread.give_back(buffer)
-
-
-def _last_two(order_of: Callable[[int], Order]) -> Callable[[int], Order]:
-    """Remember the orders of the two epochs in use: the thread may be one ahead."""
-    known: dict[int, Order] = {}
-
-    def get(epoch: int) -> Order:
-        order = known.get(epoch)
-        if order is None:
-            for old in [e for e in known if abs(e - epoch) > 1]:
-                known.pop(old, None)
-            order = known[epoch] = order_of(epoch)
-        return order
-
-    return get
