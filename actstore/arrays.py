@@ -17,6 +17,7 @@ from actstore.order import keyed_permutation
 from actstore.pipeline import PartPipeline
 from actstore.plan import LOCAL_STRIPE, part_items
 from actstore.quantise import CALIBRATION, calibrated
+from actstore.segments import seal_all
 from actstore.stats import MomentSum
 from actstore.storage import open_storage
 from actstore.store import Store, create_store
@@ -137,6 +138,7 @@ def write_arrays(
                 rows = rows.append_column(name, pa.array(column))
             pipeline.submit(part, buffer, rows)
     done.refresh()
+    seal_all(done)
     return done
 
 

@@ -76,8 +76,12 @@ def read_commit(storage: Storage, part: int) -> Commit:
     FormatError
         When the record is damaged.
     """
+    return parse_record(storage.read(record_path(part), limit=MAX_JSON_BYTES), storage, part)
+
+
+def parse_record(data: bytes, storage: Storage, part: int) -> Commit:
+    """Return the record of a part from its bytes; FormatError when it is damaged."""
     path = record_path(part)
-    data = storage.read(path, limit=MAX_JSON_BYTES)
     try:
         value: Any = json.loads(data)
         objects = {

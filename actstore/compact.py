@@ -1,11 +1,11 @@
-"""What a complete store has beside its parts: one index, and statistics as Zarr arrays.
+"""What a complete store has beside its parts: an index, statistics as Zarr arrays, segments.
 
 ::
 
     index.parquet                 rows of all parts
     stats/<site>/<kind>/{count, mean, m2, absmax}        int8 with scales: saturated, error
 
-Both can be made again from the parts at any time; making them twice gives the same bytes.
+All can be made again from the parts at any time; making them twice gives the same bytes.
 """
 
 import json
@@ -15,6 +15,7 @@ import numpy as np
 
 from actstore import layout
 from actstore.index import encode_index_rows
+from actstore.segments import seal_all
 
 if TYPE_CHECKING:
     from actstore.store import Store
@@ -23,8 +24,9 @@ INDEX = "index.parquet"
 
 
 def write_compact(store: "Store") -> None:
-    """Write `index.parquet` and `stats/` from the committed parts."""
+    """Write `index.parquet`, `stats/` and missing segments from the committed parts."""
     storage = store.storage
+    seal_all(store)
     storage.replace(INDEX, [encode_index_rows(store.index())])
     groups = ["stats", *(f"stats/{site}" for site in store.sites)]
     for group in groups:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actstore import segments
 from actstore.commit import Commit
 from actstore.forward import Forward
 from actstore.index import OK
@@ -192,7 +193,12 @@ def run_parts(
     stager = Stager(job.manifest, sites)
     forward = Forward(job.model, list(job.manifest.sites), job.manifest.compute)
 
+    ends = {part // segments.SPAN: part for part in todo} if len(todo) > 1 else {}
+
     def committed(commit: Commit) -> None:
+        number = commit.part // segments.SPAN
+        if ends.get(number) == commit.part:
+            segments.seal(job.storage, job.manifest, number)
         on_event(Event(kind="part", part=commit.part, items=commit.items))
 
     with (

@@ -22,6 +22,7 @@ from actstore.plan import (
     keep_some,
     part_bytes,
 )
+from actstore.segments import seal_all
 from actstore.sources import open_source
 from actstore.sources.base import ForModel
 from actstore.storage import Storage, open_storage
@@ -140,6 +141,7 @@ def harvest(
     job = with_scales(job)
     job = dataclasses.replace(job, manifest=create_calibrated(storage, job.manifest))
     store = Store(storage, job.manifest)
+    seal_all(store)
     rank, world = rank_and_world()
     mine = [part for part in store.missing_parts if part % world == rank]
     run_parts(job, mine, on_event=report)

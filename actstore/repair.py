@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from actstore import layout
 from actstore.commit import committed_parts, index_path, record_path, sidecar_path
 from actstore.manifest import Manifest
+from actstore.segments import seal_all, stale, unseal
 from actstore.storage import LocalStorage, Storage
 from actstore.store import Store
 from actstore.subsample import chunk_path, sampled
@@ -52,7 +53,7 @@ def repair(
     if manifest.order.get("kind") == "converted":
         raise ValueError(
             f"{store.url} was converted from the store {manifest.order.get('of')}: convert that "
-            "one again, after removing the records of the damaged parts"
+            "one again, after removing parts/<part>.json of the damaged parts and segments/"
         )
     check_model(store, model)
     check_source(source, manifest.data)
@@ -65,7 +66,9 @@ def repair(
         workers=workers or min(16, os.cpu_count() or 1),
     )
     for part in todo:
+        unseal(store.storage, part)
         store.storage.delete(record_path(part))
+        unseal(store.storage, part)  # a harvester may have made it meanwhile
     run_parts(job, todo, on_event=on_event or (lambda event: None))
     whole = Store(store.storage, manifest)
     if whole.is_complete:
@@ -74,7 +77,7 @@ def repair(
 
 
 def garbage(storage: Storage, manifest: Manifest) -> list[str]:
-    """Return the objects that killed runs left: unfinished files and uncommitted objects.
+    """Return what killed runs left: unfinished files, uncommitted objects, wrong segments.
 
     A temporary file of a process that lives on this host is not garbage. Objects of an
     uncommitted part may be those of a harvest that runs now: collect when none does.
@@ -97,14 +100,16 @@ def garbage(storage: Storage, manifest: Manifest) -> list[str]:
         if part not in committed:
             some = [sidecar_path(part), index_path(part), *(chunk_path(k, part) for k in kinds)]
             found += [path for path in some if storage.size(path) is not None]
-    return sorted(found)
+    return sorted([*found, *stale(storage, manifest, committed)])
 
 
 def collect(store: Store) -> list[str]:
-    """Remove garbage and return what was removed."""
+    """Remove garbage and return what was removed; make the segments that are missing."""
     found = garbage(store.storage, store.manifest)
     for path in found:
         store.storage.delete(path)
+    store.refresh()
+    seal_all(store)
     return found
 
 

@@ -13,21 +13,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int64
 
-from actstore import layout
-from actstore.commit import (
-    Commit,
-    committed_parts,
-    index_path,
-    read_commit,
-    read_sidecar,
-)
+from actstore import layout, segments
+from actstore.commit import Commit, index_path, read_sidecar
 from actstore.crc import crc32c
 from actstore.index import OK, concat_rows, decode_index_rows
-from actstore.manifest import MAX_JSON_BYTES, ArraySpec, FormatError, Manifest, scale_path
+from actstore.manifest import MAX_JSON_BYTES, ArraySpec, FormatError, Manifest
+from actstore.metadata import write_metadata, write_scales
 from actstore.part_cache import cached
 from actstore.stats import ChannelStats
 from actstore.storage import Storage, open_storage
-from actstore.subsample import Positions, position_path, sampled
+from actstore.subsample import Positions
 
 if TYPE_CHECKING:
     import zarr
@@ -83,25 +78,13 @@ class Store:
         self.manifest = manifest
         self.fingerprint = manifest.fingerprint
         self._arrays = {(a.site, a.kind): a for a in manifest.arrays}
+        self.part_items: Int64[np.ndarray, " part"]
         self.refresh()
 
     def refresh(self) -> None:
         """Look again for committed parts: a harvest may be running."""
-        self.part_items = np.full(self.manifest.n_parts, -1, dtype=np.int64)
-        self._commits: dict[int, Commit] = {}
-        for part in committed_parts(self.storage):
-            if part in self._without:
-                continue
-            commit = read_commit(self.storage, part)
-            if part >= self.manifest.n_parts or commit.items > self.manifest.planned(part):
-                raise FormatError(f"{self.url}: part {part} is not part of this store's plan")
-            if commit.fingerprint != self.fingerprint:
-                raise FormatError(
-                    f"{self.url}: part {part} was committed under another manifest "
-                    f"({commit.fingerprint[:12]}, the store has {self.fingerprint[:12]})"
-                )
-            self._commits[part] = commit
-            self.part_items[part] = commit.items
+        self.parts = segments.load(self.storage, self.manifest, self._without)
+        self.part_items = self.parts.items
 
     # What is in it
 
@@ -164,35 +147,41 @@ class Store:
 
     def commit(self, part: int) -> Commit:
         """Return the record of a committed part; KeyError when it is not committed."""
-        if part not in self._commits:
+        if part in self.parts.commits:
+            return self.parts.commits[part]
+        if not 0 <= part < len(self.part_items) or self.part_items[part] < 0:
             raise KeyError(f"part {part} of {self.url} is not committed")
-        return self._commits[part]
+        return segments.record_of(self.storage, self.parts, part)
+
+    def _committed(self) -> list[int]:
+        return [int(part) for part in np.flatnonzero(self.part_items >= 0)]
 
     # Where values lie
 
     def shard(self, site: str, kind: str, part: int) -> Shard:
         """Return where the stripes of one committed part lie."""
         array = self.spec(site, kind)
-        commit = self.commit(part)
         manifest = self.manifest
         path = layout.shard_path(array, part)
+        if not 0 <= part < len(self.part_items) or self.part_items[part] < 0:
+            raise KeyError(f"part {part} of {self.url} is not committed")
         return Shard(
             array=array,
             part=part,
-            items=commit.items,
+            items=int(self.part_items[part]),
             path=path,
             uri=self.storage.uri(path),
             codec=manifest.codec,
             dtype=manifest.dtype,
             stripe_shape=(manifest.items_per_part, array.stripe_tokens, array.channels),
-            spans=self._spans(array, path, commit),
+            spans=self._spans(array, path, part),
         )
 
-    def _spans(self, array: ArraySpec, path: str, commit: Commit) -> np.ndarray:
+    def _spans(self, array: ArraySpec, path: str, part: int) -> np.ndarray:
         """Return where stripes lie: computed for raw shards, read from the index of others."""
         if self.manifest.codec == "raw":
             return layout.raw_spans(self.manifest, array)
-        size, tail = commit.objects[path]["bytes"], layout.index_bytes(array)
+        size, tail = self.commit(part).objects[path]["bytes"], layout.index_bytes(array)
         data = self.storage.read_range(path, max(0, size - tail), tail)
         return layout.decode_index(bytes(data), array, size)
 
@@ -214,12 +203,15 @@ class Store:
 
     @functools.cached_property
     def _sidecars(self) -> list[Any]:
-        return [read_sidecar(self.storage, commit) for commit in self._commits.values()]
+        return [
+            read_sidecar(self.storage, commit) for commit in map(self.commit, self._committed())
+        ]
 
     def index(self) -> pa.Table:
         """Return the index of the committed parts, skipped items included."""
         tables = []
-        for part, commit in self._commits.items():
+        for part in self._committed():
+            commit = self.commit(part)
             path = index_path(part)
             data = self.storage.read(path)
             if crc32c(data) != commit.objects.get(path, {}).get("crc32c"):
@@ -277,7 +269,7 @@ class Store:
         return dask.array(self, site, kind)
 
     def __repr__(self) -> str:
-        parts = f"{len(self._commits)}/{self.manifest.n_parts} parts"
+        parts = f"{len(self._committed())}/{self.manifest.n_parts} parts"
         return f"<Store {self.url}: {self.n_items} items, {len(self.sites)} sites, {parts}>"
 
 
@@ -317,6 +309,7 @@ def create_store(
     ValueError
         When the place holds another store; the message names the fields that differ.
     """
+    check_same(storage, manifest)
     write_metadata(storage, manifest)
     attributes = {
         "actstore": manifest.to_json(),
@@ -327,11 +320,7 @@ def create_store(
     check_same(storage, manifest)
     if not storage.create("zarr.json", root):
         check_same(storage, manifest)
-    # Copies of what the manifest holds: written after it, so that only one set of scales can be.
-    for array in manifest.arrays:
-        scale = manifest.scale(array)
-        if scale is not None and storage.size(f"{scale_path(array)}/c.0") is None:
-            storage.replace(f"{scale_path(array)}/c.0", [scale.tobytes()])
+    write_scales(storage, manifest)
 
 
 def check_same(storage: Storage, manifest: Manifest) -> bool:
@@ -346,31 +335,6 @@ def check_same(storage: Storage, manifest: Manifest) -> bool:
             + "\nchoose another --out, or ask for what is there"
         )
     return True
-
-
-def write_metadata(storage: Storage, manifest: Manifest) -> None:
-    """Write the Zarr metadata below the root."""
-    check_same(storage, manifest)
-    documents: dict[str, dict[str, Any]] = {"acts": layout.group_metadata()}
-    if manifest.scales:
-        for array in manifest.arrays:
-            documents[scale_path(array)] = layout.plain_metadata(
-                [array.channels], "float32", ["channel"]
-            )
-    for kind, array in sampled(manifest).items():
-        documents["position"] = layout.group_metadata()
-        documents[position_path(kind)] = layout.plain_metadata(
-            [manifest.items, array.tokens],
-            "int32",
-            ["item", f"{kind}_token"],
-            [manifest.items_per_part, array.tokens],
-        )
-    for array in manifest.arrays:
-        documents[f"acts/{array.site}"] = layout.group_metadata()
-        documents[array.path] = layout.array_metadata(manifest, array)
-    for path, document in documents.items():
-        data = json.dumps(document, indent=1, sort_keys=True).encode()
-        storage.create(f"{path}/zarr.json", data)
 
 
 def open_store(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from actstore import layout
-from actstore.commit import read_sidecar
+from actstore.commit import read_sidecar, record_path
 from actstore.crc import crc32c, crc32c_of_file, extend
 from actstore.index import OK
 from actstore.manifest import ArraySpec, FormatError
@@ -79,7 +79,11 @@ def verify(
 
 
 def _part_problems(store: Store, part: int) -> Iterator[Problem]:
-    commit = store.commit(part)
+    try:
+        commit = store.commit(part)
+    except FormatError as error:
+        yield Problem(part=part, path=record_path(part), what=str(error))
+        return
     arrays = {layout.shard_path(a, part): a for a in store.manifest.arrays}
     for path in arrays:
         if path not in commit.objects:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.scaling [--items 100000 10000000 1000000000] [--json result.json]
 
-The stores hold no data: commit records are made up when they are asked for, and every shard is
-one sparse file of the right size. Each size runs in a process of its own, whose peak memory is
-taken. Times of the medium itself are therefore absent: opening a real store adds one small read
-a part. Above `RECORDS` parts the records are not parsed, and "open" stays empty.
+The stores hold no data: records are made up when they are asked for, and every shard is one
+sparse file of the right size. Each size runs in a process of its own, whose peak memory is
+taken. "open" reads the segment records, one for 1,024 parts; "records" is what opening takes
+without them, from the record of every part, up to `RECORDS` parts. Segments are real files, so
+that "open" holds the medium; the records of parts are made up and hold no time of it.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from actstore import layout
+from actstore import layout, segments
 from actstore.commit import Commit, record_path
 from actstore.manifest import ArraySpec, Manifest
 from actstore.plan import choose_layout, disk_bytes
@@ -31,15 +32,16 @@ from benchmarks import measure
 SITE = "blocks.7.resid_post"
 
 RECORDS = 100_000
-"""Parts up to which commit records are read."""
+"""Parts up to which opening from single records is measured."""
 
 
 class Phantom(LocalStorage):
     """A complete store whose records are made up and whose shards are sparse files."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    def __init__(self, root: Path, manifest: Manifest, *, sealed: bool) -> None:
         super().__init__(root)
         self._manifest = manifest
+        self._sealed = sealed
         self._fingerprint = manifest.fingerprint
         self._shards: dict[str, str] = {}
         for array in manifest.arrays:
@@ -49,12 +51,17 @@ class Phantom(LocalStorage):
             self._shards[array.kind] = str(path)
 
     def list(self, folder: str) -> Iterator[str]:
-        """Yield the names of all commit records."""
+        """Yield the names of all commit records, or of the segments."""
+        if folder == "segments":
+            yield from super().list(folder) if self._sealed else ()
+            return
         for part in range(self._manifest.n_parts):
             yield record_path(part).split("/")[1]
 
     def read(self, path: str, *, limit: int | None = None) -> bytes:
-        """Return a commit record."""
+        """Return a commit record, or a segment."""
+        if path.startswith("segments/"):
+            return super().read(path, limit=limit)
         part = int(path.split("/")[1].split(".")[0])
         objects = {
             layout.shard_path(a, part): {"bytes": 1 << 20, "crc32c": 1}
@@ -69,20 +76,23 @@ class Phantom(LocalStorage):
         return self._shards[path.split("/")[2]]
 
 
-class Assumed(Store):
-    """A store that takes its plan for granted."""
-
-    def refresh(self) -> None:
-        """Take every part as committed in full."""
-        n = self.manifest.n_parts
-        self.part_items = np.full(n, self.manifest.items_per_part, dtype=np.int64)
-        self.part_items[-1] = self.manifest.planned(n - 1)
+def write_segments(root: Path, manifest: Manifest) -> None:
+    """Write the segments of a complete store, with made-up sums of the records."""
+    (root / "segments").mkdir()
+    for number in range(-(-manifest.n_parts // segments.SPAN)):
+        span = segments.span_of(manifest, number)
+        value = {
+            "segment": number,
+            "fingerprint": manifest.fingerprint,
+            "items": [manifest.planned(part) for part in span],
+            "records": [4_000_000_000 - part for part in span],
+        }
+        (root / segments.segment_path(number)).write_text(json.dumps(value))
 
 
 def one(items: int, remote: bool) -> dict[str, object]:
     """Measure one size in this process."""
     rng = np.random.default_rng(0)
-    before = measure.peak_rss()
     begin = time.perf_counter()
     arrays = [
         ArraySpec(site=SITE, kind="cls", tokens=1, channels=768),
@@ -95,10 +105,11 @@ def one(items: int, remote: bool) -> dict[str, object]:
     disk = disk_bytes(manifest)
     planned = time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:
-        storage = Phantom(Path(folder), manifest)
+        write_segments(Path(folder), manifest)
+        sealed = Phantom(Path(folder), manifest, sealed=True)
+        filled = measure.peak_rss()
         begin = time.perf_counter()
-        known = manifest.n_parts <= RECORDS
-        store = Store(storage, manifest) if known else Assumed(storage, manifest)
+        store = Store(sealed, manifest)
         opened = time.perf_counter() - begin
         opened_rss = measure.peak_rss()
         begin = time.perf_counter()
@@ -112,16 +123,23 @@ def one(items: int, remote: bool) -> dict[str, object]:
         next(iterator)
         resumed = time.perf_counter() - begin
         iterator.close()  # type: ignore[attr-defined]
+        read_rss = measure.peak_rss()
+        singly: float | str = ""
+        if manifest.n_parts <= RECORDS:
+            begin = time.perf_counter()
+            Store(Phantom(Path(folder), manifest, sealed=False), manifest)
+            singly = time.perf_counter() - begin
     return {
         "items": f"{items:.0e}",
         "parts": manifest.n_parts,
         "bytes": f"{disk:.2e}",
         "plan ms": planned * 1e3,
-        "open s": opened if known else "",
-        "open MB": (opened_rss - before) / 1e6 if known else "",
+        "open s": opened,
+        "open MB": (opened_rss - filled) / 1e6,
+        "records s": singly,
         "first batch s": first,
         "resume s": resumed,
-        "reading MB": (measure.peak_rss() - opened_rss) / 1e6,
+        "reading MB": (read_rss - opened_rss) / 1e6,
     }
 
 
