@@ -127,8 +127,9 @@ def run(folder: Path, pythons: dict[str, str], options: argparse.Namespace) -> d
     try:
         for loader in loaders.values():
             loader(keep=False)  # imports, first worker
-        warm = measure.interleaved({"limit": limit, **loaders}, options.rounds)
-        chilled = {name: cold(folder, call) for name, call in {"limit": limit, **loaders}.items()}
+        runs: dict[str, Callable[[], float]] = {"limit": limit, **loaders}
+        warm = measure.interleaved(runs, options.rounds)
+        chilled = {name: cold(folder, call) for name, call in runs.items()}
         colds = measure.interleaved(chilled, options.rounds)
         for name, loader in loaders.items():
             vif = mixing(loader.epochs, options.items, array.tokens, options.batch)
