@@ -224,7 +224,9 @@ class _Build:
         if inside is None:
             self.built.notes.append(f"nothing of the model: {why_no_model or 'none was given'}")
         with self._timed("items"):
-            items = ItemPages(store, self.rows, self.label_R, passes, pictures, inside, self.options)
+            items = ItemPages(
+                store, self.rows, self.label_R, passes, pictures, inside, self.options
+            )
             described_items = items.write(shelf, self.tell)
         effects = self._effects(items, inside, passes, pictures)
         with self._timed("latents"):
@@ -314,7 +316,10 @@ def write_assets(shelf: Shelf) -> None:
 
 def _model_words(store: Store, inside: Inside | None, why_not: str) -> dict[str, Any]:
     described = store.manifest.model or {}
-    words: dict[str, Any] = {"id": str(described.get("id", "unknown model")), "loaded": bool(inside)}
+    words: dict[str, Any] = {
+        "id": str(described.get("id", "unknown model")),
+        "loaded": bool(inside),
+    }
     if inside is None:
         return {**words, "reason": why_not or "it was not loaded when this site was built"}
     return {

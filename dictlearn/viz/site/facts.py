@@ -58,13 +58,12 @@ class Facts:
         return {
             "density": column(self.density, log=True),
             "mean": column(self.mean, log=True),
-            "max": column(self.largest, log=True),
             "kind": numbers(self.kind),
-            "entropy": column(self.entropy),
-            "purity": column(self.purity),
+            "entropy": column(self.entropy, steps=255),
+            "purity": column(self.purity, steps=241),  # 240: sixteenths and tenths are exact
             "label": numbers(self.label),
             "near": numbers(self.near[:, 0]),
-            "cosine": column(self.cosine[:, 0]),
+            "cosine": column(self.cosine[:, 0], steps=255),
         }
 
     def summary(self) -> dict[str, Any]:

@@ -174,7 +174,9 @@ class Inside:
             logits_C = self.model(torch.stack(list(inputs))).float().flatten(1).mean(0)
         rows = [torch.autograd.grad(c, shift, retain_graph=True)[0] for c in logits_C]
         with torch.no_grad():
-            effect_FC = dictionary.W_dec.detach().float() @ torch.stack(rows).T.to(dictionary.device)
+            effect_FC = dictionary.W_dec.detach().float() @ torch.stack(rows).T.to(
+                dictionary.device
+            )
             if dictionary.config.decode_scale:
                 effect_FC *= dictionary.scale[:, None]
             effect_FC -= effect_FC.mean(1, keepdim=True)

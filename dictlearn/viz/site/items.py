@@ -85,9 +85,7 @@ class ItemPages:
                 "picture": row in pictured,
                 "page": row in paged,
                 "frames": frames.get(row, 0),
-                "best": {
-                    folder: seen.get(position, []) for folder, seen in appearances.items()
-                },
+                "best": {folder: seen.get(position, []) for folder, seen in appearances.items()},
             }
             shards.setdefault(position // SHARD, {})[str(position)] = record
         for number, records in shards.items():

@@ -117,8 +117,12 @@ class LatentPages:
         return {
             "fired": [int(n) for n in self.found.fired[:, latent]],
             "rate": [
-                short(n / max(1, t)) for n, t in zip(self.found.fired[:, latent], tokens, strict=True)
+                short(n / max(1, t))
+                for n, t in zip(self.found.fired[:, latent], tokens, strict=True)
             ],
+            "density": short(self.facts.density[latent]),
+            "mean": known(self.facts.mean[latent]),
+            "max": known(self.facts.largest[latent]),
             "histogram": [
                 (self.histogram.key[bins] % BINS).tolist(),
                 self.histogram.count[bins].tolist(),
@@ -190,3 +194,8 @@ class LatentPages:
         rows = np.concatenate([self.best["row"], self.sample["row"]])
         row, count = np.unique(rows, return_counts=True)
         return row[np.argsort(-count, kind="stable")]
+
+
+def known(value: float) -> float | None:
+    """Round a number for JSON; None for NaN."""
+    return short(value) if np.isfinite(value) else None

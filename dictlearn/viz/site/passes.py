@@ -57,7 +57,9 @@ class Pass:
         if effects is not None:
             strongest = effects.argmax(1)
             columns["class"] = numbers(strongest)
-            columns["effect"] = column(np.take_along_axis(effects, strongest[:, None], 1)[:, 0])
+            columns["effect"] = column(
+                np.take_along_axis(effects, strongest[:, None], 1)[:, 0], steps=255
+            )
         for name, packed in columns.items():
             shelf.put(f"{self.folder}/{name}", packed)
         self.pages.write(shelf, self.folder)

@@ -33,7 +33,9 @@ def server(folder: Path, port: int = 0) -> ThreadingHTTPServer:
         The port is taken.
     """
     if not (folder / "index.html").is_file():
-        raise FileNotFoundError(f"no site at {folder}: dictlearn view STORE DICTIONARY --out FOLDER")
+        raise FileNotFoundError(
+            f"no site at {folder}: dictlearn view STORE DICTIONARY --out FOLDER"
+        )
     handler = functools.partial(_Quiet, directory=str(folder))
     return ThreadingHTTPServer(("127.0.0.1", port), handler)
 

@@ -8,7 +8,6 @@
     { id: "latent", title: "Latent", help: "number in the dictionary", first: 1 },
     { id: "density", title: "Density", help: "share of all tokens on which it is active", first: -1, text: f.share, bar: "log" },
     { id: "mean", title: "Mean", help: "mean activation where active", first: -1, text: f.number, wide: 1 },
-    { id: "max", title: "Max", help: "largest activation", first: -1, text: f.number, wide: 2 },
     { id: "kind", title: "Kind", help: "token kind it is active on most", first: 1, wide: 1 },
     { id: "entropy", title: "Spread", help: "entropy of the patch position, 0 one place, 1 everywhere", first: 1, text: (x) => f.fixed(x), bar: "unit", wide: 1 },
     { id: "purity", title: "Purity", help: "share of its strongest items that have the same label", first: -1, text: (x) => f.fixed(x), bar: "unit" },

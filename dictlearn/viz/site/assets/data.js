@@ -46,16 +46,20 @@
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
     return new Uint8Array(await new Response(stream).arrayBuffer());
   };
+  // all low bytes, then all high bytes
   View.words16 = (bytes) => {
-    const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-    return Uint16Array.from({ length: bytes.byteLength >> 1 }, (_, i) => view.getUint16(2 * i, true));
+    const n = bytes.length >> 1, out = new Uint16Array(n);
+    for (let i = 0; i < n; i++) out[i] = bytes[i] | (bytes[n + i] << 8);
+    return out;
   };
 
   // A packed column -> numbers, NaN where there is none.
   const MISSING = 65535;
   View.column = async (name) => {
     const packed = await View.load(name);
-    const low = View.words16(await View.unpack(packed.data));
+    const bytes = await View.unpack(packed.data);
+    const low = packed.bytes === 1 ? bytes : View.words16(bytes);
+    const missing = packed.bytes === 1 ? 255 : MISSING;
     const out = new Float64Array(low.length);
     if (packed.as === "whole") {
       for (let i = 0; i < out.length; i++) out[i] = low[i] === MISSING ? NaN : low[i];
@@ -67,7 +71,7 @@
     } else {
       for (let i = 0; i < out.length; i++) {
         const x = packed.low + packed.step * low[i];
-        out[i] = low[i] === MISSING ? NaN : packed.as === "log" ? Math.exp(x) : x;
+        out[i] = low[i] === missing ? NaN : packed.as === "log" ? Math.exp(x) : x;
       }
     }
     return out;

@@ -17,7 +17,7 @@
       View.load(`${dictionary.folder}/latents/${Math.floor(latent / dictionary.shard)}`).then((shard) => shard[latent % dictionary.shard]),
       View.labels(), View.classes()]);
     const data = View.table(d);
-    const ids = ["density", "mean", "max", "kind", "entropy", "purity", "label"];
+    const ids = ["kind", "entropy", "purity", "label"];
     await Promise.all(ids.map((id) => data.need(id)));
     page.replaceChildren(head(d, latent, dictionary), tiles(data, dictionary, record, latent), body(d, latent, dictionary, record, labels, classes));
     return null;
@@ -41,9 +41,9 @@
     const kinds = Object.keys(dictionary.tokens);
     const label = data.word("label", value("label"));
     return h("dl.tiles", null,
-      tile("Density", f.share(value("density")), `${f.count(record.fired.reduce((a, b) => a + b, 0))} tokens`),
-      tile("Mean", f.number(value("mean")), "where active"),
-      tile("Max", f.number(value("max")), "largest activation"),
+      tile("Density", f.share(record.density), `${f.count(record.fired.reduce((a, b) => a + b, 0))} tokens`),
+      tile("Mean", f.number(record.mean ?? NaN), "where active"),
+      tile("Max", f.number(record.max ?? NaN), "largest activation"),
       tile("Kind", dictionary.kinds[value("kind")] || "–", kinds.map((k, i) => `${k} ${f.share(record.rate[i])}`).join(", ")),
       tile("Spread", f.fixed(value("entropy")), "0 one place, 1 everywhere"),
       tile("Purity", f.fixed(value("purity")), label ? `label ${label}` : "no labels"));
