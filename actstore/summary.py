@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 if TYPE_CHECKING:
+    from actstore.manifest import ArraySpec
     from actstore.store import Store
 
 OUTLIER_CHANNEL = 6.0
@@ -120,11 +121,15 @@ def _one(store: "Store", site: str, kind: str, scheduler: Any) -> ArraySummary:
     blocks = mounted.to_delayed().ravel().tolist()
     starts = np.cumsum([0, *mounted.chunks[0]])
     part = dask.delayed(_part, pure=True)
-    tasks = [part(block, int(start)) for block, start in zip(blocks, starts, strict=False)]
+    spec, table = store.spec(site, kind), store.table()["position"].to_numpy()
+    tasks = [
+        part(block, int(start), _place(store, spec, table[start:stop]), spec.span)
+        for block, start, stop in zip(blocks, starts[:-1], starts[1:], strict=True)
+    ]
     options = {} if scheduler is None else {"scheduler": scheduler}
     found = dask.compute(*tasks, **options)
     counts = sum(one["bins"] for one in found)
-    items = len(mounted)
+    seen = sum(one["seen"] for one in found)
     total = int(counts.sum())
     median_bin = int(np.searchsorted(np.cumsum(counts), (total + 1) // 2))
     from_bin = min(_BINS, median_bin + round(16 * math.log2(OUTLIER_TOKEN)))
@@ -135,7 +140,7 @@ def _one(store: "Store", site: str, kind: str, scheduler: Any) -> ArraySummary:
         tokens=total,
         rms=np.sqrt(moments.var + moments.mean**2),
         absmax=moments.absmax,
-        position_norm=np.sqrt(sum(one["squares"] for one in found) / items),
+        position_norm=np.sqrt(sum(one["squares"] for one in found) / np.maximum(1, seen)),
         position_absmax=np.max([one["absmax"] for one in found], axis=0),
         median_norm=float(2.0 ** ((median_bin + 0.5) / 16 - 128)) if median_bin else 0.0,
         outlier_tokens=int(counts[from_bin + 1 :].sum()) if median_bin else 0,
@@ -143,29 +148,54 @@ def _one(store: "Store", site: str, kind: str, scheduler: Any) -> ArraySummary:
     )
 
 
-def _part(values: Float[np.ndarray, "item token channel"], start: int) -> dict[str, Any]:
+def _place(
+    store: "Store", spec: "ArraySpec", positions: Int[np.ndarray, " item"]
+) -> Int[np.ndarray, "item token"] | None:
+    """Return which position of the kind each token is, None where all are stored."""
+    if not spec.of:
+        return None
+    where: np.ndarray = store.tokens(positions, spec.site, spec.kind) - spec.first
+    return where
+
+
+def _part(
+    values: Float[np.ndarray, "item token channel"],
+    start: int,
+    place: Int[np.ndarray, "item token"] | None,
+    span: int,
+) -> dict[str, Any]:
     """Return what one part adds; `start` is the row of its first item."""
+    if place is None:
+        place = np.broadcast_to(np.arange(span), values.shape[:2])
     magnitude = np.abs(values)
     squares = np.einsum("itc,itc->it", values, values, dtype=np.float64)
     norms = np.sqrt(squares)
     with np.errstate(divide="ignore"):
-        place = np.floor(16 * (np.log2(norms) + 128))
-    bins = np.bincount(place.clip(0, _BINS - 1).astype(np.int64).ravel(), minlength=_BINS)
+        step = np.floor(16 * (np.log2(norms) + 128))
+    bins = np.bincount(step.clip(0, _BINS - 1).astype(np.int64).ravel(), minlength=_BINS)
     top = []
     for flat in np.argsort(-norms, axis=None, kind="stable")[:TOP].tolist():
-        item, token = divmod(flat, norms.shape[1])
-        channel = int(magnitude[item, token].argmax())
-        value = float(values[item, token, channel])
-        massive = bool(value**2 > MASSIVE * squares[item, token])
+        item, slot = divmod(flat, norms.shape[1])
+        channel = int(magnitude[item, slot].argmax())
+        value = float(values[item, slot, channel])
+        massive = bool(value**2 > MASSIVE * squares[item, slot])
         top.append(
             {
                 "item": start + item,
-                "token": token,
-                "norm": float(norms[item, token]),
+                "token": int(place[item, slot]),
+                "norm": float(norms[item, slot]),
                 "channel": channel,
                 "value": value,
                 "massive": massive,
             }
         )
-    largest = magnitude.max(axis=(0, 2)).astype(np.float64)
-    return {"squares": squares.sum(axis=0), "absmax": largest, "bins": bins, "top": top}
+    flat_place = place.ravel()
+    largest = np.zeros(span)
+    np.maximum.at(largest, flat_place, magnitude.max(axis=2).ravel())
+    return {
+        "squares": np.bincount(flat_place, weights=squares.ravel(), minlength=span),
+        "seen": np.bincount(flat_place, minlength=span),
+        "absmax": largest,
+        "bins": bins,
+        "top": top,
+    }

@@ -20,6 +20,7 @@ from actstore.repair import garbage, repair
 from actstore.selection import Split
 from actstore.sources import open_source
 from actstore.subsample import chunk_path, deal, read_positions
+from actstore.summary import summarise
 from actstore.verify import verify, verify_against_model
 
 SITE = "blocks.1.resid_post"
@@ -257,3 +258,17 @@ def test_command(tmp_path, capsys):
     store = actstore.open(tmp_path / "a")
     assert store.spec("blocks.0.resid_post", "patch").tokens == 5
     assert main(["verify", store.url, "--random-weights", "--against-model", "4"]) == 0
+
+
+def test_the_summary_is_by_true_position(pair):
+    whole, some = pair
+    token, truth = truth_of(pair)
+    found = {s.kind: s for s in summarise(some, [SITE], scheduler="sync")}["patch"]
+    norm = np.linalg.norm(truth.astype(np.float64), axis=2)
+    for position in range(PATCHES):
+        mine = norm[token == position + 3]
+        np.testing.assert_allclose(found.position_norm[position], np.sqrt((mine**2).mean()), 1e-3)
+    assert found.tokens == 200 * KEPT
+    row = np.unravel_index(norm.argmax(), norm.shape)
+    assert (found.top[0]["item"], found.top[0]["token"]) == (row[0], token[row] - 3)
+    assert summarise(whole, [SITE], scheduler="sync")[1].position_norm.shape == (PATCHES,)
