@@ -16,6 +16,7 @@ __all__ = [
     "attribution_patching",
     "logit_lens",
     "patch_paths",
+    "trace",
 ]
 
 _WHERE = {
@@ -27,15 +28,18 @@ _WHERE = {
     "attribution_patching": "dictlearn.circuits.attribution",
     "clamp": "dictlearn.circuits.steering",
     "fit_probe": "dictlearn.circuits.heads",
+    "fit_tuned_lens": "dictlearn.circuits.tuned_lens",
     "head_statistics": "dictlearn.circuits.attention",
     "integrated_gradients": "dictlearn.circuits.attribution",
-    "fit_tuned_lens": "dictlearn.circuits.tuned_lens",
     "load_for": "dictlearn.circuits.steering",
     "logit_lens": "dictlearn.circuits.lens",
     "patch_paths": "dictlearn.circuits.path_patching",
     "recovered": "dictlearn.circuits.patching",
     "rollout": "dictlearn.circuits.attention",
+    "smallest_set": "dictlearn.circuits.search",
     "steer": "dictlearn.circuits.steering",
+    "trace": "dictlearn.circuits.tracing",
+    "TunedLens": "dictlearn.circuits.tuned_lens",
     "with_probe": "dictlearn.circuits.heads",
 }
 

@@ -30,8 +30,8 @@ from vitmodels.model import VisionModel
 from vitmodels.names import Site
 from vitmodels.spec import TokenGrid, expand_sites
 
-ROWS = 256
-"""Rows of one pass through the tail."""
+AT_ONCE = 16384
+"""Tokens of one pass through the tail."""
 Translate = Callable[[str, Tensor], Tensor]
 """(site, stream ``[..., D]``) -> stream as of the last layer: a tuned lens."""
 
@@ -74,7 +74,7 @@ class Tail:
 
     def of_tokens(self, token_RD: Float[Tensor, "rows d"]) -> Float[Tensor, "rows classes"]:
         """Logits of single tokens: streams in which every token is that one."""
-        count = self._enough()
+        count = self.enough()
         return self(token_RD[:, None].expand(-1, count, -1))
 
     def reads(self) -> str:
@@ -110,8 +110,8 @@ class Tail:
             f"{self.site} alone: {why}. A lens needs a head that reads the last stream"
         )
 
-    def _enough(self) -> int:
-        """Tokens a stream of one token needs: prefix tokens and one patch where that will do."""
+    def enough(self) -> int:
+        """Return how often a single token must be repeated: prefix tokens and one patch, or all."""
         module = self.model.module
         if module not in _FEW:
             generator = torch.Generator().manual_seed(1)
@@ -140,7 +140,7 @@ def logit_lens(
     keep: Sequence[int] | None = None,
     tokens: bool = True,
     translate: Translate | None = None,
-    rows: int = ROWS,
+    at_once: int = AT_ONCE,
 ) -> xr.Dataset:
     """Return logits by layer, and by layer and token.
 
@@ -160,8 +160,8 @@ def logit_lens(
         Also read every token by itself.
     translate
         A `dictlearn.circuits.tuned_lens.TunedLens`.
-    rows
-        Rows of one pass through the head.
+    at_once
+        Tokens of one pass through the head.
 
     Returns
     -------
@@ -196,7 +196,7 @@ def logit_lens(
         if translate is not None:
             values = {name: translate(name, value) for name, value in values.items()}
         stream_LBTD = torch.stack([values[name] for name in names])
-        whole = _by(tail, stream_LBTD.flatten(0, 1), max(1, rows // 8), chosen)
+        whole = _by(tail, stream_LBTD.flatten(0, 1), at_once // tail.tokens, chosen)
         parsed = [Site.parse(name) for name in names]
         coords: dict[str, object] = {
             "layer": [site.layer for site in parsed],
@@ -207,7 +207,8 @@ def logit_lens(
         shape = (len(names), n_items(x))
         variables: dict[str, object] = {"logit": (dims, whole.reshape(*shape, len(chosen)))}
         if tokens:
-            single = _by(tail.of_tokens, stream_LBTD.flatten(0, 2), rows, chosen)
+            size = at_once // tail.enough()
+            single = _by(tail.of_tokens, stream_LBTD.flatten(0, 2), size, chosen)
             each = single.reshape(*shape, tail.tokens, len(chosen))
             variables["token"] = (("layer", "item", "position", "class"), each)
             numbers = list(range(tail.tokens))
@@ -219,7 +220,7 @@ def logit_lens(
 def _by(
     read: Callable[[Tensor], Tensor], rows: Tensor, size: int, keep: Sequence[int]
 ) -> np.ndarray:
-    parts = [read(some)[:, list(keep)].float().cpu() for some in torch.split(rows, size)]
+    parts = [read(some)[:, list(keep)].float().cpu() for some in torch.split(rows, max(1, size))]
     array: np.ndarray = torch.cat(parts).numpy()
     return array
 

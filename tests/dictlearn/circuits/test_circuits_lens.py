@@ -47,7 +47,7 @@ def variant(family: str, name: str) -> tuple[vitmodels.VisionModel, Tensor]:
 )
 def test_the_lens_at_the_last_layer_is_the_model(family: str, name: str, reads: str) -> None:
     model, x = variant(family, name)
-    lens = logit_lens(model, x, rows=40)
+    lens = logit_lens(model, x, at_once=40)
     assert lens.attrs["reads"] == reads
     with torch.no_grad():
         logits = model(x)
