@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actstore.reader import sequential
+from actstore.aligned import Aligned, sequential
 from actstore.selection import Split
 from dictlearn.dictionary import Dictionary
 from dictlearn.report import DENSITY_EDGES, Report, Substitution
@@ -31,7 +31,7 @@ _CHUNK_BYTES = 24 << 20
 
 def evaluate(
     dictionary: Dictionary,
-    store: Store,
+    store: Store | Aligned,
     *,
     tokens: str | None = None,
     items: Split | np.ndarray | None = None,
@@ -61,7 +61,7 @@ def evaluate(
     batch_size
         Tokens at a time.
     limit
-        Stop after about so many tokens.
+        Evaluate about so many tokens: all tokens of items spread evenly over those chosen.
     model
         A `vitmodels.VisionModel`, or True to load the one the manifest names: adds the
         substitution loss.
@@ -88,9 +88,8 @@ def evaluate(
     kinds = _kinds(store, sites, tokens)
     dictionary.to(device)
     tally = _Tally(dictionary, store, kinds)
-    options: dict[str, Any] = {"tokens": kinds, "items": items, "dtype": np.float32}
-    total = _count(store, sites[0], kinds, items)
-    total = total if limit is None else min(total, limit)
+    chosen, total = _chosen(store, sites[0], kinds, items, limit)
+    options: dict[str, Any] = {"tokens": kinds, "items": chosen, "dtype": np.float32}
     batches = sequential(store, sites, batch_size, **options)
     try:
         for batch in batches:
@@ -98,13 +97,17 @@ def evaluate(
             tally.add(x_all, batch.slices, torch.from_numpy(batch.token).long().to(device))
             if on_event is not None:
                 on_event(tally.tokens, total)
-            if limit is not None and tally.tokens >= limit:
-                break
     finally:
         batches.close()  # type: ignore[attr-defined]
     found: list[Substitution] = []
     if model is not None and model is not False:
         from dictlearn.substitution import substitute
+
+        if isinstance(store, Aligned):
+            raise ValueError(
+                "the substitution loss runs one model, and these are stores of several: leave "
+                "model out, or evaluate a dictionary of one store"
+            )
 
         options = {"data": data, "kinds": kinds, "items": items, "images": images}
         found = substitute(dictionary, store, model=model, heads=heads, **options)
@@ -116,7 +119,7 @@ def evaluate(
     )
 
 
-def _kinds(store: Store, sites: Sequence[str], tokens: str | None) -> tuple[str, ...]:
+def _kinds(store: Store | Aligned, sites: Sequence[str], tokens: str | None) -> tuple[str, ...]:
     stored = store.kinds(sites[0])
     if tokens is None:
         return stored
@@ -126,26 +129,51 @@ def _kinds(store: Store, sites: Sequence[str], tokens: str | None) -> tuple[str,
     return tuple(k for k in stored if k in wanted)
 
 
-def _count(store: Store, site: str, kinds: Sequence[str], items: Split | np.ndarray | None) -> int:
+def _chosen(
+    store: Store | Aligned,
+    site: str,
+    kinds: Sequence[str],
+    items: Split | np.ndarray | None,
+    limit: int | None,
+) -> tuple[Split | np.ndarray | None, int]:
+    """Items to read for about `limit` tokens, and how many tokens they have.
+
+    Rows lie by position in a part, so the first ones of a pass are all of one position; whole items
+    keep kinds and positions in their proportion.
+    """
     from actstore.selection import Selection
 
-    selection = Selection(store, site, tokens=kinds, items=items)
-    return int(selection.counts.sum()) * sum(column.width for column in selection.columns)
+    home, inner = store.home(site) if isinstance(store, Aligned) else (store, site)
+    selection = Selection(home, inner, tokens=kinds, items=items)
+    width = sum(column.width for column in selection.columns)
+    there = int(selection.counts.sum())
+    wanted = there if limit is None else max(1, -(-limit // width))
+    if wanted >= there:
+        return items, there * width
+    size = home.manifest.items_per_part
+    positions = []
+    for part, count in zip(selection.parts.tolist(), selection.counts.tolist(), strict=True):
+        rows = selection.rows(part)
+        positions.append(part * size + (np.arange(count) if rows is None else rows))
+    at = np.linspace(0, there - 1, wanted).round().astype(np.int64)
+    return np.concatenate(positions)[at], wanted * width
 
 
 class _Tally:
     """Sums of one pass; float64 where they grow."""
 
-    def __init__(self, dictionary: Dictionary, store: Store, kinds: Sequence[str]) -> None:
+    def __init__(
+        self, dictionary: Dictionary, store: Store | Aligned, kinds: Sequence[str]
+    ) -> None:
         self.dictionary, self.store, self.kinds = dictionary, store, kinds
         c = dictionary.config
         device = dictionary.device
         site = c.sites[0]
         specs = [store.spec(site, kind) for kind in kinds]
-        n_tokens = max(s.first + s.tokens for s in specs)
+        n_tokens = max(s.first + s.span for s in specs)
         self.kind_T = torch.full((n_tokens,), -1, dtype=torch.long, device=device)
         for i, spec in enumerate(specs):
-            self.kind_T[spec.first : spec.first + spec.tokens] = i
+            self.kind_T[spec.first : spec.first + spec.span] = i
         f64 = torch.float64
         self.shift_w = torch.cat([_mean(store, s, kinds) for s in c.writes]).to(device)
         self.l0_T = torch.zeros(n_tokens, dtype=f64, device=device)
@@ -252,7 +280,7 @@ def _ratio(error: Tensor, variance: Tensor) -> float:
     return float(error / variance) if float(variance) > 0 else math.nan
 
 
-def _mean(store: Store, site: str, kinds: Sequence[str]) -> Tensor:
+def _mean(store: Store | Aligned, site: str, kinds: Sequence[str]) -> Tensor:
     """Mean of a site over the kinds, only to keep sums of squares small."""
     parts = [store.stats(site, kind) for kind in kinds]
     total = parts[0]

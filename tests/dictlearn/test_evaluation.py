@@ -91,8 +91,12 @@ def test_held_out_items_and_limit(store: Store, sae: Dictionary) -> None:
     assert "validation" in report.items
     seen: list[tuple[int, int]] = []
     short = evaluate(sae, store, limit=100, batch_size=64, on_event=lambda *a: seen.append(a))
-    assert short.tokens == 128
-    assert seen == [(64, 100), (128, 100)]
+    assert short.tokens == 12 * 9  # whole items
+    assert seen == [(64, 108), (108, 108)]
+    assert list(short.l0_by_position) == list(range(9))
+    few = evaluate(sae, store, items=half, limit=50)
+    assert few.tokens == 6 * 9
+    assert few.items == report.items
 
 
 def test_report_round_trip_and_table(store: Store, sae: Dictionary, tmp_path: Path) -> None:
