@@ -17,9 +17,6 @@ REMOTE_STRIPE = 1_500_000
 REMOTE_AIM = 6_000_000
 """Bytes of a stripe aimed at on an object store: a request costs it as much as some megabytes."""
 
-REMOTE_TOKEN = 900_000
-"""Bytes of one token of a stripe aimed at on an object store."""
-
 REMOTE_TOKENS = 8
 """Tokens of a stripe beyond which only `REMOTE_STRIPE` is aimed at: pools grow with them."""
 
@@ -166,7 +163,7 @@ def choose_layout(
     width = ITEM_SIZE[dtype]
     widest = max(arrays, key=lambda a: a.tokens * a.channels)
     item_bytes = sum(a.tokens * a.channels for a in arrays) * width
-    aim = REMOTE_TOKEN if remote else LOCAL_STRIPE
+    aim = REMOTE_AIM / _some_tokens(widest) if remote else LOCAL_STRIPE
     wanted = max(1, round(aim / (widest.channels * width)))
     fitting = max(1, budget // (buffers * item_bytes))
     size_ = part_items(items, min(wanted, fitting))
@@ -177,8 +174,7 @@ def choose_layout(
         one = size_ * array.channels * width
         least = LOCAL_STRIPE // 2
         if remote:
-            far = [t for t in _divisors(array.tokens) if t <= REMOTE_TOKENS]
-            least = min(REMOTE_AIM, max(REMOTE_STRIPE, far[-1] * one))
+            least = min(REMOTE_AIM, max(REMOTE_STRIPE, _some_tokens(array) * one))
         t = next((t for t in _divisors(array.tokens) if t * one >= least), array.tokens)
         out.append(dataclasses.replace(array, stripe_tokens=t))
     return size_, out
@@ -189,6 +185,11 @@ def part_items(items: int, wanted: int) -> int:
     least = min(MIN_PARTS, items)
     found = -(-items // max(least, -(-items // wanted)))
     return found if -(-items // found) >= least else found - 1
+
+
+def _some_tokens(array: ArraySpec) -> int:
+    """Return how many tokens a stripe on an object store may take without a larger pool."""
+    return max(t for t in _divisors(array.tokens) if t <= REMOTE_TOKENS)
 
 
 def _divisors(n: int) -> list[int]:

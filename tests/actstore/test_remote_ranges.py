@@ -143,7 +143,9 @@ def test_what_is_missing_or_short_is_named():
 
 
 @pytest.mark.parametrize("sites", [1, 12])
-@pytest.mark.parametrize(("tokens", "channels"), [(196, 768), (256, 384), (256, 1024), (49, 512)])
+@pytest.mark.parametrize(
+    ("tokens", "channels"), [(196, 768), (256, 384), (256, 1024), (49, 512), (1, 768)]
+)
 def test_stripes_planned_for_an_object_store_are_large(sites, tokens, channels):
     arrays = [
         ArraySpec(site=f"s{i}", kind="patch", tokens=tokens, channels=channels)
@@ -152,6 +154,6 @@ def test_stripes_planned_for_an_object_store_are_large(sites, tokens, channels):
     size, laid = choose_layout(arrays, items=10**6, dtype="float16", budget=8 << 30, remote=True)
     stripe = size * laid[0].stripe_tokens * channels * 2
     assert stripe >= REMOTE_STRIPE
-    if sites == 1:
+    if sites == 1:  # several may not fit the budget
         assert 5e6 < stripe < 9e6
         assert laid[0].stripe_tokens <= 8, "so that a pool stays small"
