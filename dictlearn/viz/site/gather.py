@@ -151,7 +151,8 @@ class Gather:
         """Bin of each activation: ``BINS + floor(PER_OCTAVE * log2(|value| / ceiling))``."""
         safe_N = np.maximum(np.abs(value_N).astype(np.float64), 1e-30)
         bin_N = BINS + np.floor(PER_OCTAVE * np.log2(safe_N / self.ceiling)).astype(np.int64)
-        return np.clip(bin_N, 0, BINS - 1)
+        clipped_N: np.ndarray = np.clip(bin_N, 0, BINS - 1)
+        return clipped_N
 
     def edges(self) -> np.ndarray:
         """Return the ``BINS + 1`` edges of the histogram; the first bin also holds all below."""

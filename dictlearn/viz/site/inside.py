@@ -2,8 +2,8 @@
 
 Computed when the site is built, for the few items that have a page of their own.
 
-Shapes: L layers, H heads, Q queries, K keys, T tokens, t tokens of the dictionary's kinds, d channels,
-C classes, F latents, w width written.
+Shapes: L layers, H heads, Q queries, K keys, T tokens, t tokens of the dictionary's kinds,
+d channels, C classes, F latents, w width written.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Inside:
         dictionary: Dictionary,
         kinds: Sequence[str],
     ) -> dict[str, Any]:
-        """What the model says with the dictionary's output in place of the sites it writes."""
+        """Say what the model predicts with the dictionary's output at the sites it writes."""
         config = dictionary.config
         for site in config.writes:
             if self.infos[site].reason:

@@ -1,4 +1,4 @@
-"""Do the store, the dictionaries, the model and the data set of a site belong together?"""
+"""Whether the store, the dictionaries, the model and the data set of a site belong together."""
 
 from __future__ import annotations
 
