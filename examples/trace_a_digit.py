@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
 
 import actstore
@@ -27,6 +28,7 @@ from dictlearn.circuits.pruning import latent_influence, prune
 from dictlearn.circuits.replacement import replacement
 from dictlearn.circuits.replacement_parts import Transcoders, transcoders
 from dictlearn.circuits.tracing import class_readouts, trace
+from dictlearn.circuits.tracing_check import compare_effects
 from dictlearn.circuits.tracing_effects import ablation
 
 Latents = list[tuple[int, int]]
@@ -95,6 +97,15 @@ def strongest(graphs: Iterable[Graph]) -> Latents:
     return sorted(total, key=lambda key: -total[key])
 
 
+def agree(found: list[xr.Dataset]) -> str:
+    """Say the mean correlation and the largest relative error of each way of intervening."""
+    return ", ".join(
+        f"{way} r = {np.mean([f['correlation'].sel(way=way) for f in found]):.3f} "
+        f"(error {max(float(f['error'].sel(way=way)) for f in found):.1e})"
+        for way in found[0]["way"].values.tolist()
+    )
+
+
 def row(name: str, digit: int, acc: Tensor) -> str:
     """Say the accuracy on the digit and on the others."""
     others = [d for d in range(10) if d != digit]
@@ -129,13 +140,19 @@ def main() -> None:
     mine = torch.nonzero((label == args.digit) & ~unseen).flatten().tolist()
 
     graphs = []
+    checks: dict[float, list[xr.Dataset]] = {0.99: [], 0.0: []}
     for index in mine[: args.pictures]:
         made = replacement(model, parts, x[index])
         item = {"position": index, "label": args.digit}
-        graphs.append(trace(made, class_readouts(made, [args.digit]), item=item))
+        readouts = class_readouts(made, [args.digit])
+        graphs.append(trace(made, readouts, item=item))
+        for factor, found in checks.items():  # a small change, and ablation
+            found.append(compare_effects(made, graphs[-1], readouts, factor=factor))
     keys = ("replacement", "completeness", "residual")
     means = {key: float(np.mean([graph.scores[key] for graph in graphs])) for key in keys}
     print(", ".join(f"{key} {value:.2g}" for key, value in means.items()))
+    for factor, found in checks.items():
+        print(f"20 latents times {factor}, predicted and real effect on the logit: {agree(found)}")
     small = prune(graphs[0])
     small.save(Path(args.out) / "graph.json")
     print(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dictlearn.dictionary import Dictionary
@@ -55,14 +55,24 @@ class FrozenTranscoder:
             self.slope_F = dictionary.sparsify.r_mag.detach().exp()
             self.offset_F = dictionary.sparsify.b_mag.detach()
 
-    def activations(self, x_BTD: Float[Tensor, "b t d"]) -> Float[Tensor, "b t f"]:
-        """Latents of any stream, with the scale held fixed."""
+    def pre_activations(self, x_BTD: Float[Tensor, "b t d"]) -> Float[Tensor, "b t f"]:
+        """Return what the selection sees of any stream, with the scale held fixed."""
         x = x_BTD - x_BTD.mean(-1, keepdim=True) if self.centred else x_BTD
         x = x if self.scale_T1 is None else x / self.scale_T1
         center_D = self.dictionary.center()
         x = x if center_D is None else x - center_D
-        pre = x.flatten(0, 1) @ self.dictionary.W_enc + self.dictionary.b_enc
-        acts: Tensor = self.dictionary.sparsify(pre)
+        return x @ self.dictionary.W_enc + self.dictionary.b_enc
+
+    def activations(
+        self, x_BTD: Float[Tensor, "b t d"], active_TF: Bool[Tensor, "t f"] | None = None
+    ) -> Float[Tensor, "b t f"]:
+        """Return the latents of any stream; with `active_TF`, those and no others are active."""
+        pre_BTF = self.pre_activations(x_BTD)
+        if active_TF is not None:
+            value_BTF = pre_BTF * self.slope_F
+            value_BTF = value_BTF if self.offset_F is None else value_BTF + self.offset_F
+            return value_BTF * active_TF
+        acts: Tensor = self.dictionary.sparsify(pre_BTF.flatten(0, 1))
         return acts.reshape(*x_BTD.shape[:2], -1)
 
     def encoder_rows(

@@ -1,12 +1,15 @@
 """Interventions on latents: what a graph predicts of them, and what they do.
 
-Three ways to run the model with latents changed, each a pass over one input:
+Four ways to run the model with latents changed, each a pass over one input:
 
+``fixed``
+    the replacement model: attention, norms, errors, and which latents are active, held fixed. This
+    is what the edges describe, for a change of any size;
 ``frozen``
-    the replacement model: attention and norms held fixed, errors fixed, latents behind the change
-    live (they may switch on or off);
+    the same, but latents behind the change may switch on and off. Under TopK one that comes in
+    puts another out, so that even a small change can have effects by jumps;
 ``replaced``
-    the same with attention patterns and norms live;
+    attention patterns and norms live too;
 ``model``
     the model itself, its own MLPs, with ``change * d_f`` added where the latent writes.
 
@@ -19,7 +22,7 @@ Shapes: T tokens, D channels, F latents, N nodes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -33,7 +36,7 @@ from dictlearn.circuits.replacement_parts import Transcoders
 if TYPE_CHECKING:
     from vitmodels.taps import Edit
 
-Way = Literal["frozen", "replaced", "model"]
+Way = Literal["fixed", "frozen", "replaced", "model"]
 Change = tuple[int, int, int]
 """(layer, token, latent)."""
 
@@ -83,7 +86,7 @@ def measure(
     replacement: Replacement,
     changes: Mapping[Change, float],
     *,
-    way: Way = "frozen",
+    way: Way = "fixed",
     sites: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
     """Run with activations of latents changed, and return the change of what follows.
@@ -110,8 +113,8 @@ def measure(
     ValueError
         A change of a latent that does not exist, an unknown way.
     """
-    if way not in ("frozen", "replaced", "model"):
-        raise ValueError(f"way is 'frozen', 'replaced' or 'model', not {way!r}")
+    if way not in get_args(Way):
+        raise ValueError(f"way is one of {', '.join(get_args(Way))}, not {way!r}")
     _check_changes(replacement, changes)
     sites = list(replacement.values) if sites is None else list(sites)
     added = _added(replacement, changes)
@@ -159,20 +162,23 @@ def _run(
     r = replacement
     reads = [f"blocks.{layer}.mlp_in" for layer in range(r.n_layers)]
     asked = list(dict.fromkeys([*reads, *sites]))
+    active: list[Tensor | None] = [None] * r.n_layers
+    if way == "fixed":
+        active = [_active(r, layer) for layer in range(r.n_layers)]
     if way == "model":
         edits = {f"blocks.{layer}.mlp_out": _shift(value) for layer, value in added.items()}
         with r.model.editing(edits):
             got = r.model.run(r.x, sites=asked)
     else:
-        outs = _live(r, added)
+        outs = _live(r, added, active)
         got = (
-            r.frozen_pass(r.embed[None], outs, asked)
-            if way == "frozen"
-            else r.live_pass(1, outs, asked)
+            r.live_pass(1, outs, asked)
+            if way == "replaced"
+            else r.frozen_pass(r.embed[None], outs, asked)
         )
     out = {name: value[0].clone() for name, value in got.items() if name in sites}
     for layer, site in enumerate(reads):
-        acts_TF = r.codes[layer].activations(got[site])[0]
+        acts_TF = r.codes[layer].activations(got[site], active[layer])[0]
         for (at, token, latent), change in changes.items():
             if at == layer:
                 acts_TF[token, latent] += change
@@ -184,7 +190,16 @@ def _shift(value: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda old: old + value
 
 
-def _live(r: Replacement, added: Mapping[int, Tensor]) -> Outs:
+def _active(r: Replacement, layer: int) -> Tensor:
+    """Mask [T, F] of the latents that are active on the input."""
+    e = r.entries[layer]
+    latents = r.parts.dictionaries[layer].latents
+    mask = torch.zeros(len(r.embed), latents, dtype=torch.bool, device=r.embed.device)
+    mask[e.token, e.latent] = True
+    return mask
+
+
+def _live(r: Replacement, added: Mapping[int, Tensor], active: Sequence[Tensor | None]) -> Outs:
     """MLP outputs by the transcoders on what they read now, with the fixed errors and changes."""
 
     def give(layer: int, seen: list[Tensor]) -> Tensor:
@@ -192,7 +207,7 @@ def _live(r: Replacement, added: Mapping[int, Tensor]) -> Outs:
         for source in range(layer + 1):
             code = r.codes[source]
             if layer in code.writes:
-                acts = code.activations(seen[source])
+                acts = code.activations(seen[source], active[source])
                 made = made + code.output(layer, acts, seen[source])
         return made + added[layer] if layer in added else made
 
