@@ -5,17 +5,22 @@
     index.parquet                 rows of all parts
     stats/<site>/<kind>/{count, mean, m2, absmax}        int8 with scales: saturated, error
 
-All can be made again from the parts at any time; making them twice gives the same bytes.
+All can be made again from the parts at any time; making them twice gives the same bytes. Of a
+large store they are read instead of the parts, if their counts are those of the store.
 """
 
 import json
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from actstore import layout
-from actstore.index import encode_index_rows
+from actstore.index import OK, decode_index_rows, encode_index_rows
+from actstore.manifest import ArraySpec, FormatError
 from actstore.segments import seal_all
+from actstore.stats import ChannelStats
 
 if TYPE_CHECKING:
     from actstore.store import Store
@@ -27,14 +32,14 @@ def write_compact(store: "Store") -> None:
     """Write `index.parquet`, `stats/` and missing segments from the committed parts."""
     storage = store.storage
     seal_all(store)
-    storage.replace(INDEX, [encode_index_rows(store.index())])
+    storage.replace(INDEX, [encode_index_rows(store.merged_index())])
     groups = ["stats", *(f"stats/{site}" for site in store.sites)]
     for group in groups:
         storage.replace(f"{group}/zarr.json", [_json(layout.group_metadata())])
     for array in store.manifest.arrays:
         folder = f"stats/{array.site}/{array.kind}"
         storage.replace(f"{folder}/zarr.json", [_json(layout.group_metadata())])
-        moments = store.stats(array.site, array.kind)
+        moments = store.merged_stats(array)
         values = {
             "mean": moments.mean,
             "m2": moments.m2,
@@ -50,6 +55,35 @@ def write_compact(store: "Store") -> None:
             data = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<")).tobytes()
             storage.replace(f"{folder}/{name}/{chunk}", [data])
             storage.replace(f"{folder}/{name}/zarr.json", [_json(meta)])
+
+
+def read_stats(store: "Store", array: ArraySpec) -> ChannelStats | None:
+    """Return the statistics of a complete store from `stats/`; None where they do not fit it."""
+    folder, shape = f"stats/{array.site}/{array.kind}", (array.channels,)
+
+    def read(name: str, dtype: str = "<f8") -> np.ndarray:
+        return np.frombuffer(store.storage.read(f"{folder}/{name}/c.0"), dtype)
+
+    try:
+        count = int.from_bytes(store.storage.read(f"{folder}/count/c"), "little")
+        moments = {name: read(name) for name in ("mean", "m2", "absmax")}
+        if store.storage.size(f"{folder}/error/c.0") is not None:
+            moments |= {"saturated": read("saturated", "<i8"), "error": read("error")}
+    except (FileNotFoundError, ValueError):
+        return None
+    if count != store.n_items * array.tokens or any(m.shape != shape for m in moments.values()):
+        return None
+    return ChannelStats(count=count, **moments)
+
+
+def read_index(store: "Store") -> pa.Table | None:
+    """Return the rows of a complete store from `index.parquet`; None where they do not fit it."""
+    try:
+        rows = decode_index_rows(store.storage.read(INDEX), store.storage.uri(INDEX))
+    except (FileNotFoundError, FormatError):
+        return None
+    valid = pc.sum(pc.equal(rows["status"], OK)).as_py()
+    return rows if valid == store.n_items else None
 
 
 def _json(value: object) -> bytes:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int64
 
-from actstore import layout, segments
+from actstore import compact, layout, segments
 from actstore.commit import Commit, index_path, read_sidecar
 from actstore.crc import crc32c
 from actstore.index import OK, concat_rows, decode_index_rows
@@ -196,6 +196,16 @@ class Store:
     def stats(self, site: str, kind: str) -> ChannelStats:
         """Return the moments of every channel over the committed parts."""
         array = self.spec(site, kind)
+        found = compact.read_stats(self, array) if self._is_large else None
+        return found or self.merged_stats(array)
+
+    @property
+    def _is_large(self) -> bool:
+        """Whether what was compacted is read instead of the parts."""
+        return self.is_complete and self.manifest.n_parts > segments.SPAN
+
+    def merged_stats(self, array: ArraySpec) -> ChannelStats:
+        """Return the moments of an array, merged from its parts."""
         total = ChannelStats.empty(array.channels)
         for sidecar in self._sidecars:
             total = total.merge(sidecar.stats(array))
@@ -209,6 +219,11 @@ class Store:
 
     def index(self) -> pa.Table:
         """Return the index of the committed parts, skipped items included."""
+        found = compact.read_index(self) if self._is_large else None
+        return self.merged_index() if found is None else found
+
+    def merged_index(self) -> pa.Table:
+        """Return the index, put together from its parts."""
         tables = []
         for part in self._committed():
             commit = self.commit(part)
@@ -232,11 +247,9 @@ class Store:
         ValueError
             When parts are missing.
         """
-        from actstore.compact import write_compact
-
         if not self.is_complete:
             raise ValueError(f"{self.url} lacks {len(self.missing_parts)} parts")
-        write_compact(self)
+        compact.write_compact(self)
 
     # Reading, see `actstore.reader` and `actstore.dask`
 

@@ -82,6 +82,16 @@ def test_the_command_goes_on_with_what_is_missing(cluster, tmp_path, capsys):
     assert objects(out) == before
 
 
+def test_scales_are_decided_once_by_the_client(cluster, tmp_path):
+    options = {**WHAT, "limit": 300, "dtype": "int8", "tokens_per_item": 5, "device": "cpu"}
+    one = actstore.harvest(out=tmp_path / "one", **options)
+    store = harvest_on(cluster, out=tmp_path / "many", **options)
+    assert store.manifest.scales
+    assert store.fingerprint == one.fingerprint
+    for folder in ("acts", "position", "parts", "stats"):
+        assert objects(store.url, folder) == objects(one.url, folder)
+
+
 def test_skipped_items_are_reported(cluster, tmp_path):
     from PIL import Image
 

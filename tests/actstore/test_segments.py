@@ -244,3 +244,41 @@ def test_of_remote_stores_records_are_read_side_by_side(store, monkeypatch):
     assert opened.is_complete
     assert sorted(opened.parts.commits) == list(range(16))
     assert segments.seal(opened.storage, opened.manifest, 2)
+
+
+def test_statistics_and_index_of_large_stores_are_read_at_once(store, tmp_path):
+    parts = {kind: store.merged_stats(store.spec(SITE, kind)) for kind in ("cls", "patch")}
+    rows = store.merged_index()
+    storage = Counting(store.url)
+    again = Store(storage, store.manifest)
+    storage.reads.clear()
+    for kind, truth in parts.items():
+        found = again.stats(SITE, kind)
+        assert found.count == truth.count
+        for name in ("mean", "m2", "absmax"):
+            assert (getattr(found, name) == getattr(truth, name)).all()
+        assert (found.error, found.saturated) == (None, None)
+    assert again.index().equals(rows)
+    assert len(storage.reads) == 9, "four objects an array, and the index"
+    harvest_digits(str(tmp_path / "q"), limit=160, dtype="int8")
+    packed = actstore.open(tmp_path / "q")
+    array = packed.spec(SITE, "patch")
+    assert (packed.stats(SITE, "patch").error == packed.merged_stats(array).error).all()
+    assert packed.stats(SITE, "patch").fvu == packed.merged_stats(array).fvu
+
+
+@pytest.mark.parametrize("path", ["count/c", "mean/c.0", "absmax/c.0"])
+def test_statistics_that_do_not_fit_the_store_are_passed_over(store, path):
+    truth = store.merged_stats(store.spec(SITE, "patch"))
+    file = store.storage._path(f"stats/{SITE}/patch/{path}")
+    for damage in (b"\1" * 7, b"\1" * 8, None):
+        file.unlink() if damage is None else file.write_bytes(damage)
+        found = store.stats(SITE, "patch")
+        assert found.count == truth.count
+        assert (found.mean == truth.mean).all()
+    index = store.storage._path("index.parquet")
+    rows = store.merged_index()
+    first = store.storage._path("index/part-00000.parquet").read_bytes()
+    for damage in (b"junk", first, None):
+        index.unlink() if damage is None else index.write_bytes(damage)
+        assert store.index().equals(rows)
