@@ -6,7 +6,11 @@
 A step is everything a trainer does with a batch: loss, auxiliary loss of dead latents, clipping,
 decoder constraint, Adam, dead counters, and the loss read back as a number. Contestants take turns
 round by round on the same batches; the unit g is one encoder product by `torch.mm` in the same
-round. Numbers are medians over rounds. Peers are driven as their own trainers drive them.
+round. Numbers are medians over rounds. Peers are driven as their own trainers drive them. On a
+machine that others load, the ratio of CPU times (which counts threads that wait spinning) is the
+steadier one.
+
+    python benchmarks/train_step.py --crossover              sparse and dense step by density
 """
 
 import argparse
@@ -20,10 +24,13 @@ from pathlib import Path
 
 import torch
 
+from dictlearn import candidates
 from dictlearn.config import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, Sparsify, TopK
 from dictlearn.dictionary import Dictionary
 from dictlearn.gemm import choose_backend
+from dictlearn.kernels import Step, dense_step, sparse_step
 from dictlearn.learner import Learner
+from dictlearn.picks import pick
 from dictlearn.schedule import TrainConfig
 
 StepFn = Callable[[torch.Tensor], float]
@@ -50,6 +57,7 @@ def ours(
     matryoshka: Matryoshka | None = None,
     dense: bool = False,
     backend: str = "auto",
+    picker: str = "exact",
     lr: float = 4e-4,
 ) -> StepFn:
     """One of our learners; `dense` forces the eager twin."""
@@ -61,7 +69,7 @@ def ours(
         skip=skip,
         matryoshka=matryoshka,
     )
-    config = TrainConfig(steps=10**6, lr=lr, warmup=0, decay=0, dead_after=10**7)
+    config = TrainConfig(steps=10**6, lr=lr, warmup=0, decay=0, dead_after=10**7, picker=picker)
     if backend == "auto":
         backend = choose_backend(BATCH, d.config.d_read, latents, torch.device("cpu"))
     learner = Learner(name="bench", dictionary=d, config=config, backend=backend)
@@ -225,23 +233,76 @@ def race(contestants: dict[str, StepFn], latents: int, rounds: int, batch: int) 
     """Time the contestants in turns; return rows with seconds and multiples of g."""
     x_all = data(4 * batch, D)
     weight = torch.randn(D, latents)
-    g: list[float] = []
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    g: list[tuple[float, float]] = []
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         x = x_all[(number % 4) * batch :][:batch].contiguous()
-        start = time.perf_counter()
-        torch.mm(x, weight)
-        g.append(time.perf_counter() - start)
+        g.append(clocked(lambda x=x: torch.mm(x, weight)))
         for name, step in contestants.items():
-            start = time.perf_counter()
-            step(x)
-            seconds[name].append(time.perf_counter() - start)
-    unit = statistics.median(g[1:])
-    rows = [{"name": "one encoder product (g)", "seconds": unit, "g": 1.0}]
-    for name, values in seconds.items():
-        ratio = statistics.median(v / u for v, u in zip(values[1:], g[1:], strict=True))
-        rows.append({"name": name, "seconds": statistics.median(values[1:]), "g": ratio})
+            seconds[name].append(clocked(lambda x=x, step=step: step(x)))
+    rows = []
+    for name, values in {"one encoder product (g)": g, **seconds}.items():
+        row: dict = {"name": name}
+        for i, (column, unit) in enumerate((("seconds", "g"), ("cpu", "cpu_g"))):
+            row[column] = statistics.median(v[i] for v in values[1:])
+            row[unit] = statistics.median(
+                v[i] / u[i] for v, u in zip(values[1:], g[1:], strict=True)
+            )
+        rows.append(row)
     return rows
+
+
+def clocked(run: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds of a call."""
+    start, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - start, time.process_time() - cpu
+
+
+def crossover(latents: int, rounds: int, batch: int) -> None:
+    """Time both steps of a ReLU dictionary at several densities, set by the encoder's bias."""
+    x = data(batch, D)
+    dictionary = Dictionary({"a": D}, latents=latents, sparsify=ReLU(l1=1e-3))
+    pre = dictionary.pre_activations(x[:512]).detach().flatten()
+    options = {"backend": choose_backend(batch, D, latents, torch.device("cpu"))}
+    print(f"\nReLU, F={latents}, batch {batch}\n| L0 | L0/F | sparse / dense (wall) | CPU |")
+    print("|---|---|---|---|")
+    for density in (0.005, 0.01, 0.02, 0.03, 0.05, 0.08):
+        with torch.no_grad():
+            dictionary.b_enc.fill_(-float(pre[::16].quantile(1 - density)))
+        times = []
+        for _ in range(rounds + 1):
+            one = clocked(lambda: sparse_step(dictionary, x, x, Step(max_density=1.0, **options)))
+            two = clocked(lambda: dense_step(dictionary, x, x, Step(**options)))
+            times.append((one[0] / two[0], one[1] / two[1]))
+        wall, cpu = (statistics.median(v) for v in zip(*times[1:], strict=True))
+        print(f"| {density * latents:.0f} | {density:.3f} | {wall:.2f} | {cpu:.2f} |", flush=True)
+
+
+def missed(latents: int, steps: int) -> None:
+    """Print how many of the true k largest the candidates miss, fresh and after training."""
+    x = data(8 * BATCH, D)
+    dictionary = Dictionary({"a": D}, latents=latents, sparsify=TopK(K))
+    config = TrainConfig(steps=steps, lr=1e-3, picker="candidates", gemm="onednn")
+    learner = Learner(name="missed", dictionary=dictionary, config=config, backend="onednn")
+    for number in range(steps + 1):
+        if number in (0, steps):
+            for spare in (0, 4, 8, 16):
+                candidates.SPARE, kept = spare, candidates.SPARE
+                lost = total = 0
+                for rows in x[: 2 * BATCH].split(BATCH):
+                    centred = rows - dictionary.b_dec.detach()
+                    exact = pick(dictionary.requires_grad_(False), centred)
+                    found = pick(dictionary, centred, picker="candidates")
+                    keys = [p.row * latents + p.latent for p in (exact, found)]
+                    lost += int((~torch.isin(keys[0][exact.pre > 0], keys[1])).sum())
+                    total += int((exact.pre > 0).sum())
+                candidates.SPARE = kept
+                dictionary.requires_grad_(True)
+                print(f"F={latents}, step {number}, {spare} spare: missed {lost} of {total}")
+        if number < steps:
+            rows = x[(number % 8) * BATCH :][:BATCH]
+            learner.train_step(rows, rows, number)
 
 
 def kinds(latents: int) -> dict[str, StepFn]:
@@ -275,6 +336,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--kinds", action="store_true")
+    parser.add_argument("--crossover", action="store_true")
+    parser.add_argument("--missed", type=int, default=0, metavar="STEPS")
     parser.add_argument("--latents", type=int, nargs="+", default=[6144])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=BATCH)
@@ -285,9 +348,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     results = {}
     for latents in args.latents:
+        if args.crossover:
+            crossover(latents, args.rounds, args.batch)
+            continue
+        if args.missed:
+            missed(latents, args.missed)
+            continue
         contestants = {
             "ours, MKL": ours(latents, TopK(K), backend="default"),
             "ours, oneDNN": ours(latents, TopK(K), backend="onednn"),
+            "ours, candidates": ours(latents, TopK(K), backend="onednn", picker="candidates"),
         }
         if args.peers:
             contestants |= peers(latents)
@@ -295,10 +365,17 @@ def main() -> None:
             contestants |= kinds(latents)
         rows = race(contestants, latents, args.rounds, args.batch)
         results[latents] = rows
-        print(f"\nd={D}, F={latents}, k={K}, batch {args.batch}, {args.threads} threads")
-        print("| step | seconds | g |\n|---|---|---|")
+        print(
+            f"\nd={D}, F={latents}, k={K}, batch {args.batch}, {args.threads} threads, "
+            f"load {os.getloadavg()[0]:.1f}"
+        )
+        print("| step | seconds | g | CPU s | CPU g |\n|---|---|---|---|---|")
         for row in rows:
-            print(f"| {row['name']} | {row['seconds']:.3f} | {row['g']:.2f} |")
+            print(
+                f"| {row['name']} | {row['seconds']:.3f} | {row['g']:.2f} | {row['cpu']:.3f} | "
+                f"{row['cpu_g']:.2f} |",
+                flush=True,
+            )
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -11,28 +11,39 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dictlearn.learner import Learner
 
 _STATE = "state.json"
 
 
-def write(folder: Path, number: int, learners: Sequence[Learner], state: dict[str, Any]) -> Path:
-    """Write the checkpoint after `number` steps into ``folder/checkpoints``."""
+def write(
+    folder: Path,
+    number: int,
+    learners: Sequence[Learner],
+    state: dict[str, Any],
+    tensors: Sequence[Mapping[str, Tensor]] | None = None,
+) -> Path:
+    """Write the checkpoint after `number` steps into ``folder/checkpoints``.
+
+    `tensors` are the states of the learners, where these had to be gathered.
+    """
+    states = [learner.state() for learner in learners] if tensors is None else tensors
     root = folder / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     temporary = root / f".writing-{os.getpid()}"
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()
-    for i, learner in enumerate(learners):
-        tensors = {k: v.detach().cpu().contiguous() for k, v in learner.state().items()}
-        save_file(tensors, temporary / f"learner-{i}.safetensors")
+    for i, found in enumerate(states):
+        saved = {k: v.detach().cpu().contiguous() for k, v in found.items()}
+        save_file(saved, temporary / f"learner-{i}.safetensors")
     failed = {learner.name: learner.failed for learner in learners if learner.failed}
     stopped = {learner.name: learner.stopped for learner in learners if learner.stopped}
     record = {**state, "step": number, "failed": failed, "stopped": stopped}

@@ -72,8 +72,7 @@ def smallest_kept(learner: Learner, x_Br: torch.Tensor) -> torch.Tensor:
         return kept_N.min() if kept_N.numel() else acts_BF.new_zeros(())
     center_r = d.center()
     xc_Br = x_Br if center_r is None else x_Br - center_r
-    gather = learner.ranks.gather if learner.ranks.world > 1 else None
-    picks = pick(d, xc_Br, learner.backend, gather=gather)
+    picks = pick(d, xc_Br, learner.backend, gather=learner.gather, shards=learner.shards)
     if picks is None or picks.smallest_kept is None:
         raise ValueError(f"{learner.name!r} is not a BatchTopK dictionary")
     return picks.smallest_kept

@@ -24,8 +24,9 @@ from dictlearn.config import Gated, JumpReLU, ReLU, TopK
 from dictlearn.dictionary import Dictionary
 from dictlearn.gemm import Backend
 from dictlearn.losses import AuxK, aux_loss, exponent, plain_losses
-from dictlearn.picks import Gather, Picks, pick
+from dictlearn.picks import Gather, Picker, Picks, pick
 from dictlearn.segments import ByLatent, bag_sum_and_dot, dot
+from dictlearn.sharding import Shards
 from dictlearn.sparsify import BatchTopKSelection, GatedSelection, JumpReLUSelection
 
 
@@ -61,6 +62,10 @@ class Step:
     """Concatenates values over the ranks of a data parallel run (BatchTopK)."""
     max_density: float = 0.02
     """Share of active entries above which the dense step is used."""
+    picker: Picker = "exact"
+    """How TopK finds its entries."""
+    shards: Shards | None = None
+    """Latents are divided over ranks; the sparse step then never gives way to the dense one."""
 
 
 def step(
@@ -132,7 +137,11 @@ def sparse_step(
     """See the module. Returns None when more than `max_density` of the entries are active."""
     center_r = dictionary.center()
     xc_Br = x_Br if center_r is None else x_Br - center_r.detach()
-    picks = pick(dictionary, xc_Br, options.backend, options.max_density, options.gather)
+    shards = options.shards
+    density = options.max_density if shards is None else 1.0
+    picks = pick(
+        dictionary, xc_Br, options.backend, density, options.gather, shards, options.picker
+    )
     if picks is None:
         return None
     for parameter in dictionary.parameters():
@@ -180,7 +189,8 @@ class _Run:
 
     def _sort_by_group(self, prefixes: list[int]) -> None:
         """Reorder the entries by bag, group first."""
-        bound = torch.tensor(prefixes, device=self.latent_N.device)
+        first = 0 if self.options.shards is None else self.options.shards.first
+        bound = torch.tensor(prefixes, device=self.latent_N.device) - first
         group_N = torch.searchsorted(bound, self.latent_N, right=True)
         order_N = group_N.argsort(stable=True)
         group_N = group_N[order_N]
@@ -196,7 +206,7 @@ class _Run:
         self.value_N, self.slope_N = self._activate()
         self.fired_F = self.plan.total((self.value_N != 0).to(self.value_N.dtype)).long()
         self.out, self.leaf_N = bag_sum_and_dot(self.W_Fw, self.latent_N, self.offset, self.value_N)
-        y_GBw = self.out.detach().view(self.groups, self.rows, -1)
+        y_GBw = self._of_all(self.out.detach()).view(self.groups, self.rows, -1)
         base_Bw = self.d.b_dec.detach() - self.target_Bw
         if self.d.config.skip:
             base_Bw = torch.addmm(base_Bw, self.x_Br, self.d.W_skip.detach().T)
@@ -216,6 +226,11 @@ class _Run:
             suffix_GBw = residual_GBw.flip(0).cumsum(0).flip(0) * scale
             self.grad_Bagw = suffix_GBw.flatten(0, 1)
             self.grad_Bw = suffix_GBw[0]
+
+    def _of_all(self, value: Tensor) -> Tensor:
+        """Sum over the ranks among which the latents are divided."""
+        shards = self.options.shards
+        return value if shards is None else shards.sum(value.clone())
 
     def _activate(self) -> tuple[Tensor, Tensor]:
         """Value of every entry and d value / d pre."""
@@ -256,7 +271,9 @@ class _Run:
         d.b_enc.grad = sum_F
         d.b_dec.grad = self.grad_Bw.sum(0)
         if d.config.input.center == "b_dec":
-            d.b_dec.grad -= d.W_enc.detach() @ sum_F
+            d.b_dec.grad -= self._of_all(d.W_enc.detach() @ sum_F)
+        if "penalty" in self.losses:
+            self.losses["penalty"] = self._of_all(self.losses["penalty"])
         if d.config.skip:
             d.W_skip.grad = self.grad_Bw.T @ self.x_Br
 
@@ -318,7 +335,7 @@ class _Run:
         count_B = torch.bincount(self.row_N, minlength=self.rows)
         offset = torch.cat([count_B.new_zeros(1), count_B.cumsum(0)])
         y_Bw, leaf_N = bag_sum_and_dot(self.W_Fw, self.latent_N[order_N], offset, gate_N[order_N])
-        residual_Bw = y_Bw.detach() + self.base_Bw
+        residual_Bw = self._of_all(y_Bw.detach()) + self.base_Bw
         self.losses["gate"] = residual_Bw.square().mean()
         dgate_N = torch.empty_like(gate_N)
         dgate_N[order_N] = dot(y_Bw, leaf_N, residual_Bw * (2.0 / self.target_Bw.numel()))
@@ -332,7 +349,9 @@ class _Run:
     def add_aux(self, aux: AuxK) -> None:
         """Add the loss of dead latents, dense over those alone."""
         dead = aux.dead_F.nonzero().flatten()
-        if not dead.numel():
+        shards = self.options.shards
+        n_dead = dead.numel() if shards is None else int(self._of_all(aux.dead_F.sum()))
+        if not n_dead:
             return
         d = self.d
         enc_rD = d.W_enc.detach()[:, dead].requires_grad_()
@@ -340,11 +359,20 @@ class _Run:
         dec_Dw = self.W_Fw[dead].requires_grad_()
         with torch.enable_grad():
             pre_BD = torch.addmm(bias_D, self.xc_Br, enc_rD)
-            loss = aux_loss(pre_BD, dec_Dw, -self.residual_Bw, aux)
-            enc_g, bias_g, dec_g = torch.autograd.grad(loss, (enc_rD, bias_D, dec_Dw))
+            leaves = (enc_rD, bias_D, dec_Dw)
+            if shards is None:
+                loss = aux_loss(pre_BD, dec_Dw, -self.residual_Bw, aux)
+                enc_g, bias_g, dec_g = torch.autograd.grad(loss, leaves)
+            else:
+                e_hat_Bw = shards.dead_decoding(pre_BD, dec_Dw, min(aux.k, n_dead))
+                error_Bw = self._of_all(e_hat_Bw.detach()) + self.residual_Bw
+                scale = aux.coefficient * min(n_dead / aux.k, 1.0)
+                loss = scale * error_Bw.square().mean()
+                slope_Bw = error_Bw * (2.0 * scale / error_Bw.numel())
+                enc_g, bias_g, dec_g = torch.autograd.grad(e_hat_Bw, leaves, slope_Bw)
         self.losses["aux"] = loss.detach()
         cast(Tensor, d.W_enc.grad).T.index_add_(0, dead, enc_g.T)
         cast(Tensor, d.W_dec.grad).index_add_(0, dead, dec_g)
         cast(Tensor, d.b_enc.grad).index_add_(0, dead, bias_g)
         if d.config.input.center == "b_dec":
-            cast(Tensor, d.b_dec.grad).sub_(enc_rD.detach() @ bias_g)
+            cast(Tensor, d.b_dec.grad).sub_(self._of_all(enc_rD.detach() @ bias_g))

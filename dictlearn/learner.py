@@ -15,13 +15,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dictlearn.archetypes import Hull
+from dictlearn.candidates import compiled
 from dictlearn.config import BatchTopK
 from dictlearn.dictionary import Dictionary
 from dictlearn.distributed import Ranks
 from dictlearn.gemm import Backend
 from dictlearn.kernels import Step, StepResult, has_sparse_step, step
 from dictlearn.losses import AuxK, prefixes_of
+from dictlearn.picks import Gather, takes_candidates
 from dictlearn.schedule import TrainConfig
+from dictlearn.sharding import Shards
 from dictlearn.sparsify import GatedSelection
 from dictlearn.upkeep import L0Controller, WeightAverage, resample
 
@@ -48,6 +51,8 @@ class Learner:
     """Why training stopped early; empty while all is well."""
     ranks: Ranks = field(default_factory=Ranks)
     """Processes that share the batch."""
+    shards: Shards | None = None
+    """Where the latents are divided over ranks: `dictionary` holds those of this one."""
     stopped: str = ""
     """Why the held-out loss ended training early; empty while it improves."""
 
@@ -60,12 +65,21 @@ class Learner:
                 f"dictionary {self.name!r} has {what}, which can be evaluated but not trained; "
                 "train with TrainConfig(normalize='scale') instead"
             )
+        if self.shards is not None and not has_sparse_step(d):
+            raise ValueError(
+                f"dictionary {self.name!r} has no sparse step ({d.config.sparsify}"
+                f"{', latent_norm' if d.config.latent_norm else ''}), so its latents cannot be "
+                "divided over ranks; leave shard_latents out"
+            )
+        self.whole_config = d.config if self.shards is None else self.shards.config
         batch_top = isinstance(d.config.sparsify, BatchTopK)
         if batch_top and self.ranks.world > 1 and not has_sparse_step(d):
             raise ValueError(
                 f"dictionary {self.name!r}: BatchTopK with latent_norm is trained on one rank "
                 f"only, not on {self.ranks.world}: its dense step knows no threshold of all ranks"
             )
+        if self.config.picker == "candidates" and takes_candidates(d.config.sparsify):
+            compiled()  # says now what is not installed
         if self.config.precision == "bfloat16":
             self.backend = "bfloat16"
         self.trained = {n: p for n, p in d.named_parameters() if p.requires_grad}
@@ -105,17 +119,19 @@ class Learner:
     ) -> StepResult:
         """Take optimiser step `number` (from 0) on a batch."""
         config, d = self.config, self.dictionary
-        matryoshka = d.config.matryoshka
+        matryoshka = self.whole_config.matryoshka
         sampled = matryoshka.sampled if matryoshka else 0
         drawn = torch.rand(sampled, generator=self.generator).tolist() if sampled else []
         options = Step(
-            prefixes=prefixes_of(matryoshka, d.latents, drawn),
+            prefixes=prefixes_of(matryoshka, self.whole_config.latents, drawn),
             progress=number / config.steps,
             penalty_scale=config.penalty_scale(number) * self._controlled(),
             aux=self._aux(),
             backend=self.backend,
-            gather=self.ranks.gather if self.ranks.world > 1 else None,
+            gather=self.gather,
             max_density=config.max_density,
+            picker=config.picker,
+            shards=self.shards,
         )
         result = step(d, x_Br, target_Bw, options)
         self.ranks.reduce(result)
@@ -126,7 +142,7 @@ class Learner:
         if self.failed:
             return result
         if self.controller is not None:
-            self.controller.update(float(result.fired_F.sum()) / tokens)
+            self.controller.update(self.active(result) / tokens)
         if self.average is not None:
             self.average.update()
         every, done = config.resample_every, number + 1
@@ -139,6 +155,24 @@ class Learner:
             self.ranks.spread([v.data for v in self.views.values()] + inner)
             self.generator.set_state(self.ranks.same(self.generator.get_state()))
         return result
+
+    @property
+    def gather(self) -> Gather | None:
+        """Concatenates values over the ranks that share the batch, or the latents."""
+        if self.shards is not None:
+            return Ranks(rank=self.shards.rank, world=self.shards.world).gather
+        return self.ranks.gather if self.ranks.world > 1 else None
+
+    def active(self, result: StepResult) -> float:
+        """Return the active entries of the batch; every rank must ask."""
+        return float(self._of_all(result.fired_F.sum()))
+
+    def dead_share(self) -> float:
+        """Return the share of latents that are dead; every rank must ask."""
+        return float(self._of_all(self.dead().sum())) / self.whole_config.latents
+
+    def _of_all(self, value: Tensor) -> Tensor:
+        return value if self.shards is None else self.shards.sum(value)
 
     def _controlled(self) -> float:
         return self.controller.factor if self.controller is not None else 1.0
@@ -182,9 +216,13 @@ class Learner:
             if row_grad is not None:
                 along_F1 = (row_grad * row).sum(1, keepdim=True)
                 row_grad.addcmul_(row, along_F1, value=-1.0)
-        grads = [v.grad for v in self.views.values() if v.grad is not None]
-        self.grad_norm = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
-        self.lr = config.learning_rate(number, self.dictionary.latents)
+        named = {n: v.grad for n, v in self.views.items() if v.grad is not None}
+        grads = list(named.values())
+        if self.shards is None:
+            self.grad_norm = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
+        else:
+            self.grad_norm = self.shards.norm(named)
+        self.lr = config.learning_rate(number, self.whole_config.latents)
         if self.grad_norm.device.type == "cpu":  # elsewhere a check would wait for the device
             self.check(result, number)
             if self.failed:
@@ -221,7 +259,7 @@ class Learner:
 
     # ---- state -------------------------------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
-        """Every tensor a resumed run needs, by name."""
+        """Every tensor a resumed run needs, by name; gathered, so every rank must ask."""
         out = {f"weights.{k}": v for k, v in self.dictionary.state_dict().items()}
         for name, view in self.views.items():
             for key, value in self.optimizer.state[view].items():
@@ -236,10 +274,12 @@ class Learner:
         if self.average is not None:
             out |= {f"ema.{k}": v for k, v in self.average.sums.items()}
             out["ema_count"] = self.average.count
-        return out
+        return out if self.shards is None else self.shards.whole(out)
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Inverse of `state`; parameters are filled in place."""
+        if self.shards is not None:
+            tensors = self.shards.share(tensors)
         weights = {k[8:]: v for k, v in tensors.items() if k.startswith("weights.")}
         self.dictionary.load_state_dict(weights)
         for name, view in self.views.items():
@@ -262,6 +302,12 @@ class Learner:
             for name, value in self.average.sums.items():
                 value.copy_(tensors[f"ema.{name}"])
             self.average.count.copy_(tensors["ema_count"])
+
+    @torch.no_grad()
+    def fill(self, whole: Dictionary) -> None:
+        """Write the weights, gathered where they are divided, into the whole dictionary."""
+        if self.shards is not None:
+            whole.load_state_dict(self.shards.whole(self.dictionary.state_dict()))
 
     def check(self, result: StepResult, number: int) -> None:
         """Note a loss or gradient that is not finite in `failed`; the weights then stay."""

@@ -11,15 +11,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dictlearn.config import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from dictlearn.candidates import largest, scores
+from dictlearn.config import BatchTopK, Gated, JumpReLU, ReLU, Sparsify, TopK
 from dictlearn.dictionary import Dictionary
 from dictlearn.gemm import Backend, linear
+from dictlearn.sharding import Shards
 from dictlearn.sparsify import GatedSelection, JumpReLUSelection, TopKSelection
 
 _CHUNK_BYTES = 24 << 20
@@ -42,6 +44,7 @@ class Picks:
 
 Chunk = tuple[int, Tensor]
 Gather = Callable[[Tensor], Tensor]
+Picker = Literal["exact", "candidates"]
 Found = tuple[Tensor, Tensor, Tensor]
 
 
@@ -64,19 +67,26 @@ def pick(
     backend: Backend = "default",
     max_density: float = 1.0,
     gather: Gather | None = None,
+    shards: Shards | None = None,
+    picker: Picker = "exact",
 ) -> Picks | None:
     """Select the entries of a training step.
 
     Returns None when the first chunk has more than ``max_density * C * F`` entries: the dense step
-    is then cheaper. `gather` concatenates values over the ranks of a data parallel run, where the
-    batch of BatchTopK is the global one.
+    is then cheaper. `picker` is that of TopK (`dictlearn.candidates`). `gather` concatenates values
+    over the ranks of a data parallel run, where the batch of BatchTopK is the global one. With
+    `shards` the largest are those of all ranks' latents.
     """
     config = dictionary.config.sparsify
+    by_candidates = picker == "candidates" and takes_candidates(config) and shards is None
+    if by_candidates and x_Br.device.type == "cpu":
+        return _pick_candidates(dictionary, x_Br)
     chunks = pre_chunks(dictionary, x_Br, backend)
     if isinstance(config, TopK):
-        return _pick_top(dictionary, chunks, x_Br.shape[0])
+        picks = _pick_top(dictionary, chunks, x_Br.shape[0])
+        return picks if shards is None else _among_all(picks, config.k, shards)
     if isinstance(config, BatchTopK):
-        return _pick_batch_top(dictionary, chunks, x_Br, gather)
+        return _pick_batch_top(dictionary, chunks, x_Br, gather, shards)
     lower_F = _lower_bound(dictionary)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for start, pre_CF in chunks:
@@ -119,11 +129,42 @@ def _pick_top(dictionary: Dictionary, chunks: Iterator[Chunk], rows: int) -> Pic
     )
 
 
+def takes_candidates(config: Sparsify) -> bool:
+    """Whether `dictlearn.candidates` can pick for a strategy."""
+    return isinstance(config, TopK) and config.relu and not config.group_max
+
+
+def _pick_candidates(dictionary: Dictionary, x_Br: Float[Tensor, "b r"]) -> Picks:
+    k = cast(TopK, dictionary.config.sparsify).k
+    weight_Fr = dictionary.W_enc.detach().T.contiguous()
+    bias_F = dictionary.b_enc.detach()
+    half_Fr, half_F = weight_Fr.to(torch.bfloat16), bias_F.to(torch.bfloat16)
+    half_Br = x_Br.to(torch.bfloat16)
+    rows = x_Br.shape[0]
+    step = max(64, _CHUNK_BYTES // (2 * dictionary.latents))
+    found: list[Found] = []
+    for start in range(0, rows, step):
+        score_CF = scores(half_Br[start : start + step], half_Fr, half_F)
+        here = (score_CF, x_Br[start : start + step].contiguous(), weight_Fr, bias_F)
+        latent_Ck, pre_Ck, count_C = largest(*here, k)
+        row, column = (torch.arange(k) < count_C[:, None]).nonzero(as_tuple=True)
+        found.append((row + start, latent_Ck[row, column], pre_Ck[row, column]))
+    return _join(found, rows)
+
+
+def _among_all(picks: Picks, k: int, shards: Shards) -> Picks:
+    """Keep what is among the k largest of all ranks' latents."""
+    rows = picks.offset.numel() - 1
+    keep_N = shards.largest(picks.pre.view(rows, -1), k).flatten()
+    return _join([(picks.row[keep_N], picks.latent[keep_N], picks.pre[keep_N])], rows)
+
+
 def _pick_batch_top(
     dictionary: Dictionary,
     chunks: Iterator[Chunk],
     x_Br: Float[Tensor, "b r"],
     gather: Gather | None,
+    shards: Shards | None = None,
 ) -> Picks:
     """Keep the k * B largest of ``relu(pre)`` by a bound that only entries in question pass.
 
@@ -133,16 +174,19 @@ def _pick_batch_top(
     k = cast(BatchTopK, dictionary.config.sparsify).k
     rows = x_Br.shape[0]
     n_keep = k * rows
+    latents = dictionary.latents if shards is None else shards.config.latents
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     bound: Tensor | None = None
     for start, pre_CF in chunks:
         if bound is None:
-            bound = _sample_bound(pre_CF, 1.5 * k / dictionary.latents)
+            bound = _sample_bound(pre_CF, 1.5 * k / latents)
         row, latent = (pre_CF > bound).nonzero(as_tuple=True)
         found.append((row + start, latent, pre_CF[row, latent]))
     all_picks = _join(found, rows)
     if bound is not None and gather is not None:
-        found, least = _global_least(dictionary, x_Br, found, bound, n_keep, gather)
+        found, least = _global_least(
+            dictionary, x_Br, found, bound, n_keep, gather, alike=shards is not None
+        )
         kept = [_above(found, least)]
         return dataclasses.replace(_join(kept, rows), smallest_kept=least)
     if all_picks.pre.numel() < n_keep and bound is not None and bool(bound > 0):
@@ -178,14 +222,17 @@ def _global_least(
     bound: Tensor,
     n_keep: int,
     gather: Gather,
+    *,
+    alike: bool = False,
 ) -> tuple[list[Found], Tensor]:
     """Return a rank's candidates, and the smallest value kept in the batch of all ranks.
 
     That value is right when no rank left out larger ones by its bound; otherwise those ranks look
-    again with bound 0. Every rank sees the same numbers and so takes the same way.
+    again with bound 0. Every rank sees the same numbers and so takes the same way. `alike`: the
+    ranks have the same tokens and different latents, so `n_keep` is that of all.
     """
     bound_R = gather(bound.reshape(1))
-    total = n_keep * bound_R.numel()
+    total = n_keep if alike else n_keep * bound_R.numel()
 
     def least_of(found: list[Found]) -> tuple[Tensor, bool]:
         value_N = gather(torch.cat([pre for _, _, pre in found]))

@@ -41,9 +41,9 @@ class TrainConfig:
     statistics); the factor is folded into the weights at the end."""
     init_bias: Literal["mean", "zero"] = "mean"
     """Initial b_dec (and b_in): the mean of the store's statistics, or zero."""
-    init_decoder: Literal["random", "points", "kmeans"] = "random"
-    """First decoder rows: as the dictionary was made, tokens of the store, or centroids of KMeans
-    (needs scikit-learn); `dictlearn.starts`."""
+    init_decoder: Literal["random", "points", "kmeans", "nmf"] = "random"
+    """First decoder rows: as the dictionary was made, tokens of the store, centroids of KMeans, or
+    parts of a non-negative factorisation (the last two need scikit-learn); `dictlearn.starts`."""
     archetypes: int = 0
     """Keep decoder rows in the convex hull of so many tokens, or centroids with
     ``init_decoder="kmeans"``, instead of at norm 1 (`dictlearn.archetypes`); 0 does not."""
@@ -89,10 +89,16 @@ class TrainConfig:
     streams: int = 1
     """Canonical streams of the reader: data parallel runs need a multiple of their ranks, and the
     same number gives the same batches whatever the ranks."""
+    shard_latents: bool = False
+    """Divide the latents, not the batch, over the ranks: for dictionaries too wide for one."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the encoder product; everything else is float32."""
     gemm: Literal["auto", "default", "onednn"] = "auto"
     """Backend of the encoder product on CPU; ``auto`` times them at the start and records it."""
+    picker: Literal["exact", "candidates"] = "exact"
+    """How TopK finds its latents on CPU: by the exact product, or by one in bfloat16 whose best are
+    computed again in float32 (`dictlearn.candidates`; needs numba, the extra ``fast``). Other kinds
+    and devices, and divided latents, are always exact."""
     max_density: float = 0.02
     """Share of active latents above which the dense step is used."""
     checkpoint_every: int = 500
@@ -138,10 +144,16 @@ class TrainConfig:
             raise ValueError(
                 "validate_every and patience need held-out items: set holdout, say 0.1"
             )
-        kinds = ("random", "points", "kmeans")
+        if self.picker not in ("exact", "candidates"):
+            raise ValueError(f"TrainConfig.picker={self.picker!r} is not exact or candidates")
+        kinds = ("random", "points", "kmeans", "nmf")
         if self.init_decoder not in kinds:
             raise ValueError(
                 f"TrainConfig.init_decoder={self.init_decoder!r} is not one of {kinds}"
+            )
+        if self.archetypes and self.init_decoder == "nmf":
+            raise ValueError(
+                "parts of NMF are no data points: archetypes excludes init_decoder=nmf"
             )
         if self.relax and not self.archetypes:
             raise ValueError("relax is the distance from a hull: set archetypes, say 2000")
@@ -149,12 +161,27 @@ class TrainConfig:
             raise ValueError(
                 "resampled rows would leave the hull: archetypes excludes resample_every"
             )
+        if self.shard_latents:
+            self._check_sharded()
         if self.patience and not self.validate_every:
             raise ValueError("patience counts measurements: set validate_every")
         if self.warmup + self.decay > 1:
             raise ValueError(
                 f"TrainConfig.warmup + decay = {self.warmup + self.decay} is more than the run"
             )
+
+    def _check_sharded(self) -> None:
+        for name, plain in (
+            ("archetypes", 0),
+            ("resample_every", 0),
+            ("validate_every", 0),
+            ("init_decoder", "random"),
+        ):
+            if (value := getattr(self, name)) != plain:
+                raise ValueError(
+                    f"shard_latents excludes {name} (it is {value!r}): that needs every latent "
+                    "on one rank"
+                )
 
     def learning_rate(self, step: int, latents: int) -> float:
         """Learning rate of step `step` (from 0) for a dictionary of `latents`."""
@@ -209,6 +236,7 @@ _OF_THE_DATA = (
     "validate_every",
     "threshold_batches",
     "streams",
+    "shard_latents",
 )
 
 

@@ -1,4 +1,4 @@
-"""Dictionaries that start from data: rows at data points or KMeans centroids, hulls of points.
+"""Dictionaries that start from data: rows at points, KMeans centroids, NMF parts; hulls of points.
 
 Shapes: N tokens drawn, P points, F latents, r = width read, w = width written.
 """
@@ -6,6 +6,7 @@ Shapes: N tokens drawn, P points, F latents, r = width read, w = width written.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ def start_from_data(learners: Sequence[Learner], loader: TokenLoader | AlignedLo
     ``init_decoder="points"``: decoder rows are tokens minus b_dec, at norm 1; ``"kmeans"``: KMeans
     centroids of tokens of what is written. The encoder row is the same vector where a dictionary
     reads what it writes, otherwise the input of the same token (or the mean input of the cluster),
-    centred, at norm 1. With ``archetypes`` these are the points of the hull.
+    centred, at norm 1. ``"nmf"``: parts of `parts`, the same way. With ``archetypes``
+    these are the points of the hull.
 
     Parameters
     ----------
@@ -63,7 +65,7 @@ def start_from_data(learners: Sequence[Learner], loader: TokenLoader | AlignedLo
                 f"({'archetypes' if learners[i].config.archetypes else 'one a latent'}), "
                 f"an epoch of the training items has {there} tokens in whole batches; ask for fewer"
             )
-        clustered = learners[i].config.init_decoder == "kmeans"
+        clustered = learners[i].config.init_decoder in ("kmeans", "nmf")
         most = max(most, min(there, count * TOKENS_PER_CENTROID) if clustered else count)
     acts = draw(loader, most)
     for i, count in asked.items():
@@ -91,6 +93,11 @@ def _start(
     if config.init_decoder == "kmeans":
         drawn = min(len(acts), count * TOKENS_PER_CENTROID)
         x_Pr, target_Pw = centroids(x_Pr[:drawn], target_Pw[:drawn], count, seed=config.seed)
+    if config.init_decoder == "nmf":
+        drawn = min(len(acts), count * TOKENS_PER_CENTROID)
+        x_Pr, target_Pw = parts(
+            x_Pr[:drawn], target_Pw[:drawn], d.b_dec.detach(), count, seed=config.seed
+        )
     x_Pr, target_Pw = x_Pr[:count].contiguous(), target_Pw[:count].contiguous()
     learner.ranks.spread([x_Pr, target_Pw])
     if learner.hull is None:
@@ -147,6 +154,52 @@ def centroids(
         nearest = torch.cdist(found_Pw[empty], target_Nw.float().cpu()).argmin(1)
         mean_Pr[empty] = x_cpu_Nr[nearest]
     return mean_Pr.to(x_Nr), found_Pw.to(target_Nw)
+
+
+def parts(
+    x_Nr: Float[Tensor, "n r"],
+    target_Nw: Float[Tensor, "n w"],
+    center_w: Float[Tensor, " w"],
+    count: int,
+    *,
+    seed: int = 0,
+) -> tuple[Float[Tensor, "p r"], Float[Tensor, "p w"]]:
+    """Directions of `count` parts of a non-negative factorisation of the outputs.
+
+    Activations have signs and NMF (Lee and Seung 1999) has none, so the centred outputs are split::
+
+        [relu(t - c), relu(c - t)] = W H       W [n, P] >= 0, H [P, 2 w] >= 0
+        part p = c + H[p, :w] - H[p, w:]       input p = sum_n W[n, p] x_n / sum_n W[n, p]
+
+    by mini-batch updates (Lefevre et al. 2011, "Online algorithms for nonnegative matrix
+    factorization with the Itakura-Saito divergence") of scikit-learn. A part that is never used
+    starts at the token of its number.
+
+    Raises
+    ------
+    ValueError
+        scikit-learn is not installed, or there are fewer tokens than parts.
+    """
+    if count > len(target_Nw):
+        raise ValueError(f"{count} parts are asked for of {len(target_Nw)} tokens")
+    decomposition = scikit("decomposition", "NMF")
+    model = decomposition.MiniBatchNMF(
+        count, init="random", batch_size=4096, max_iter=20, random_state=seed, tol=0.0
+    )
+    centred_Nw = (target_Nw - center_w).float().cpu()
+    split = torch.cat([centred_Nw.relu(), (-centred_Nw).relu()], dim=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", module="sklearn")  # it warns that it has not converged
+        weight_NP = torch.from_numpy(np.asarray(model.fit_transform(split.numpy()), np.float32))
+    found_P2w = torch.from_numpy(np.asarray(model.components_, np.float32))
+    width = centred_Nw.shape[1]
+    part_Pw = found_P2w[:, :width] - found_P2w[:, width:]
+    total_P = weight_NP.sum(0)
+    mean_Pr = (weight_NP.T @ x_Nr.float().cpu()) / total_P.clamp(min=1e-12)[:, None]
+    unused = ((total_P <= 0) | (part_Pw.norm(dim=1) <= 0)).nonzero().flatten()
+    mean_Pr[unused] = x_Nr.float().cpu()[unused]
+    part_Pw[unused] = centred_Nw[unused]
+    return mean_Pr.to(x_Nr), part_Pw.to(target_Nw) + center_w
 
 
 def scikit(module: str, what: str) -> Any:

@@ -37,6 +37,7 @@ from dictlearn.runlog import RunLog, check_trackers
 from dictlearn.scaling import check_sites, describe, factor_row, init_from, site_scales
 from dictlearn.scaling import factors as factors_of
 from dictlearn.schedule import TrainConfig, check_agree
+from dictlearn.sharding import shards_of
 from dictlearn.starts import start_from_data
 from dictlearn.team import Team, check_workers, threads_each
 
@@ -145,6 +146,9 @@ class _Run:
         self.workers, self.log_to = min(workers, len(dictionaries)), log_to
         self.config, self.configs, self.names = configs[0], configs, names
         self.ranks = Ranks.current()
+        self.sharded = configs[0].shard_latents and self.ranks.world > 1
+        self.feeding = Ranks() if self.sharded else self.ranks
+        """Ranks that share the batch."""
         self.dictionaries = dictionaries
         sites = [s for s in store.sites if any(s in d.config.sites for d in dictionaries)]
         c = self.config
@@ -161,7 +165,7 @@ class _Run:
     def _loader(
         self, sites: list[str], tokens: str, half: str, ranks: Ranks | None = None
     ) -> TokenLoader | AlignedLoader:
-        c, ranks = self.config, ranks or self.ranks
+        c, ranks = self.config, ranks or self.feeding
         options: dict[str, Any] = {
             "tokens": tokens,
             "items": Split(half=half, holdout=c.holdout, seed=c.split_seed) if c.holdout else None,
@@ -184,13 +188,17 @@ class _Run:
             d.to(self.device)
             if self.configs[i].init_bias == "mean":
                 init_from(d, self.scales)
+            name, shards = self.names[i], None
+            if self.sharded:
+                shards = shards_of(d.config, name, self.ranks.rank, self.ranks.world)
             self.learners.append(
                 Learner(
-                    name=self.names[i],
-                    dictionary=d,
+                    name=name,
+                    dictionary=d if shards is None else shards.cut(d),
                     config=self.configs[i],
                     backend=decided["backends"][i],
-                    ranks=self.ranks,
+                    ranks=self.feeding,
+                    shards=shards,
                 )
             )
         start = self._resume()
@@ -267,7 +275,7 @@ class _Run:
             before = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - before
-            tokens += len(batch) * self.ranks.world
+            tokens += len(batch) * self.feeding.world
             results = team.step(batch.acts, batch.slices, number)
             for learner in self.learners:
                 if learner.failed and learner.name in results:
@@ -301,14 +309,14 @@ class _Run:
                 continue
             if self.device.type != "cpu":
                 learner.check(result, self.config.steps)
-            tokens = acts.shape[0] * self.ranks.world
+            tokens = acts.shape[0] * self.feeding.world
             before = self.metrics.get(learner.name, {})
             self.metrics[learner.name] = {
                 **{k: v for k, v in before.items() if k == "val_fvu"},
                 **{k: float(v) for k, v in result.losses.items()},
                 "fvu": float(result.error) / self._variance(learner.dictionary),
-                "l0": float(result.fired_F.sum()) / tokens,
-                "dead": float(learner.dead().float().mean()),
+                "l0": learner.active(result) / tokens,
+                "dead": learner.dead_share(),
                 "lr": learner.lr,
                 "grad_norm": float(learner.grad_norm),
             }
@@ -334,9 +342,10 @@ class _Run:
                 self._event("stopped", done, message=learner.stopped)
 
     def _checkpoint(self, out: Path, done: int) -> None:
+        tensors = [one.state() for one in self.learners] if self.sharded else None
         if not self.ranks.rank:
             state = {"loader": self.loader.state_dict(), "metrics": self.metrics}
-            checkpoint.write(out, done, self.learners, state)
+            checkpoint.write(out, done, self.learners, state, tensors)
             checkpoint.prune(out, self.config.keep)
         self.ranks.barrier()
         self._event("checkpoint", done)
@@ -346,8 +355,8 @@ class _Run:
         for learner in self.learners:
             learner.finish()
         set_thresholds(self.learners, self.loader, self.config.threshold_batches)
-        for learner in self.learners:
-            d = learner.dictionary
+        for learner, d in zip(self.learners, self.dictionaries, strict=True):
+            learner.fill(d)
             if self.config.normalize == "scale":
                 d.rescale_sites(factors_of(self.scales))
             metrics = self.metrics.get(learner.name, {})

@@ -1,0 +1,158 @@
+"""The k largest pre-activations by candidates: a bfloat16 product picks some, float32 settles them.
+
+    s = bf16(x) @ bf16(W_enc) + bf16(b)          half the bytes, twice the speed (AVX-512 BF16, AMX)
+    C = the k + spare largest s > 0 of a token
+    pre_j = x . W_enc[:, j] + b_j   for j in C, in float32
+    kept = the k largest pre_j
+
+What is kept has exact values. A latent among the true k largest is missed only if `spare` others
+overtake it by the error of bfloat16; `docs/dictionaries.md` says how often that was seen. Entries
+whose s is not positive carry neither value nor gradient and are left out.
+
+The inner loop is compiled by numba (the extra ``fast``); run as plain Python, the same function is
+its specification. Shapes: C rows of a chunk, F latents, r = width read, k kept for a token.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+SPARE = 16
+"""Candidates of a token beyond k."""
+_TOP = 1 << 15
+
+Found = tuple[Int[Tensor, "c k"], Float[Tensor, "c k"], Int[Tensor, " c"]]
+
+
+def scores(
+    x_Cr: Float[Tensor, "c r"], weight_Fr: Float[Tensor, "f r"], bias_F: Float[Tensor, " f"]
+) -> Int[Tensor, "c f"]:
+    """Return the bfloat16 product as int16: among positive numbers the order is the same."""
+    return F.linear(x_Cr, weight_Fr, bias_F).view(torch.int16)
+
+
+def largest(
+    score_CF: Int[Tensor, "c f"],
+    x_Cr: Float[Tensor, "c r"],
+    weight_Fr: Float[Tensor, "f r"],
+    bias_F: Float[Tensor, " f"],
+    k: int,
+    *,
+    spare: int | None = None,
+    select: Callable[..., None] | None = None,
+) -> Found:
+    """Return latents [C, k], pre-activations [C, k] and how many of each row are filled [C].
+
+    `select` is the inner loop, compiled unless another is given.
+    """
+    select = compiled() if select is None else select
+    wanted = k + (SPARE if spare is None else spare)
+    rows = len(x_Cr)
+    latent_Ck, pre_Ck = torch.zeros(rows, k, dtype=torch.int64), torch.zeros(rows, k)
+    count_C = torch.zeros(rows, dtype=torch.int64)
+    arrays = [v.numpy() for v in (score_CF, x_Cr, weight_Fr, bias_F, latent_Ck, pre_Ck, count_C)]
+    threads = min(torch.get_num_threads(), max(1, rows // 64))
+    if threads == 1:
+        select(*arrays, wanted, 0, rows)
+        return latent_Ck, pre_Ck, count_C
+    edges = np.linspace(0, rows, threads + 1).astype(int).tolist()
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [
+            pool.submit(select, *arrays, wanted, first, last)
+            for first, last in itertools.pairwise(edges)
+        ]:
+            done.result()
+    return latent_Ck, pre_Ck, count_C
+
+
+@functools.cache
+def compiled() -> Any:
+    """Return `select_rows`, compiled; ValueError says how to get numba."""
+    try:
+        numba = importlib.import_module("numba")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            'picker="candidates" needs numba, which is not installed: '
+            "`pip install 'actstore[fast]'`, or use picker=\"exact\""
+        ) from error
+    return numba.njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, cache=True)(select_rows)
+
+
+def select_rows(
+    score_CF: Any,
+    x_Cr: Any,
+    weight_Fr: Any,
+    bias_F: Any,
+    latent_Ck: Any,
+    pre_Ck: Any,
+    count_C: Any,
+    wanted: int,
+    first: int,
+    last: int,
+) -> None:
+    """Fill rows ``first..last`` of the last three arrays before `wanted`; see the module.
+
+    The lowest score that `wanted` entries reach is searched for by counting, beginning at that of
+    the row before: counting runs at the speed of the cache, sorting does not.
+    """
+    latents, width, k = score_CF.shape[1], x_Cr.shape[1], latent_Ck.shape[1]
+    candidate = np.empty(latents, np.int64)
+    value = np.empty(latents, np.float32)
+    guess = _TOP // 2
+    for row in range(first, last):
+        score = score_CF[row]
+        low, high, probe, reach = 1, _TOP, guess, 8
+        while high - low > 1:
+            if not low < probe < high:
+                probe = (low + high) // 2
+            bound = np.int16(probe)
+            count = 0
+            for j in range(latents):
+                count += score[j] >= bound
+            if count >= wanted:
+                low = probe
+                probe += reach if high == _TOP else 0
+            else:
+                high = probe
+                probe -= reach if low == 1 else 0
+            reach *= 2
+        guess = low
+        bound = np.int16(low)
+        found = 0
+        for j in range(latents):
+            if score[j] >= bound:
+                candidate[found] = j
+                found += 1
+        for c in range(found):
+            weight = weight_Fr[candidate[c]]
+            total = np.float32(0.0)
+            for i in range(width):
+                total += x_Cr[row, i] * weight[i]
+            value[c] = total + bias_F[candidate[c]]
+        kept = min(k, found)
+        least = np.float32(-np.inf)
+        if found > k:
+            least = np.partition(value[:found], found - k)[found - k]
+        filled = 0
+        for c in range(found):
+            if value[c] > least:
+                latent_Ck[row, filled] = candidate[c]
+                pre_Ck[row, filled] = value[c]
+                filled += 1
+        for c in range(found):  # as many equal to the least as there is room for
+            if value[c] == least and filled < kept:
+                latent_Ck[row, filled] = candidate[c]
+                pre_Ck[row, filled] = value[c]
+                filled += 1
+        count_C[row] = filled
