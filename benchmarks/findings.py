@@ -44,8 +44,9 @@ def stages(sites: dict[str, int], steps: int, batch: int) -> dict[str, tuple[str
         "joint": ("cls,patch", every([BatchTopK(32)], 8, names))
     }
     for kind in ("cls", "patch"):
-        out[f"l1 {kind}"] = (kind, every([ReLU(l1=3e-3)], 4, names))
-        out[f"topk {kind}"] = (kind, every([TopK(8), TopK(32), TopK(128)], 4, some))
+        out[f"l1 {kind}"] = (kind, every([ReLU(l1=3e-3)], 2, names))
+    for kind in ("cls", "patch"):
+        out[f"topk {kind}"] = (kind, every([TopK(8), TopK(32), TopK(128)], 2, some))
     return out
 
 
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
     sites = {s: store.spec(s, store.kinds(s)[0]).channels for s in store.sites}
     done = _lines(args.out)
     there = {row["stage"] for row in done}
+    if "spliced" not in there and "joint" in there and args.weights:
+        _append(args.out, _spliced(args, store))
     for stage, (tokens, candidates) in stages(sites, args.steps, args.batch).items():
         if stage in there:
             continue
@@ -70,8 +73,8 @@ def run(args: argparse.Namespace) -> None:
         table = sweep(store, candidates, config, out=folder, limit=100_000)
         rows = [{"stage": stage, **row} for row in table.to_pylist()]
         _append(args.out, rows)
-    if "spliced" not in there and args.weights:
-        _append(args.out, _spliced(args, store))
+        if stage == "joint" and args.weights:
+            _append(args.out, _spliced(args, store))
 
 
 def _spliced(args: argparse.Namespace, store: Any) -> list[dict[str, Any]]:
@@ -85,12 +88,11 @@ def _spliced(args: argparse.Namespace, store: Any) -> list[dict[str, Any]]:
     model = store_model(store, args.weights)
     probe = fit_probe(store, items=Split(half="train", holdout=SEED_SPLIT["holdout"], seed=0))
     rows = []
-    folders = sorted(p.parent for p in (args.work / "joint").glob("*/config.json"))
-    for folder in folders:
-        d = load(folder)
-        if list(store.sites).index(next(iter(d.config.reads))) % 2 == 0:
-            continue  # every other layer is enough, a pass costs five forward passes an image
-        for tokens in ("cls", "patch", "cls,patch"):
+    order = list(store.sites)
+    found = [load(p.parent) for p in (args.work / "joint").glob("*/config.json")]
+    found.sort(key=lambda d: order.index(next(iter(d.config.reads))))
+    for d in found[1::2]:  # every other layer is enough: five forward passes an image and row
+        for tokens in ("cls", "patch"):
             report = evaluate(
                 d, store, tokens=tokens, items=half, limit=4096, model=model, heads=[probe],
                 images=args.images,
