@@ -23,7 +23,12 @@ def summary_table(found: Sequence[ArraySummary]) -> Table:
     table = Table(
         "site", "kind", "norm", "median", "largest", "outlier channels", "outlier tokens", "at"
     )
+    quantised = any(one.saturated is not None for one in found)
+    if quantised:
+        table.add_column("FVU of int8")
+        table.add_column("saturated")
     for one in found:
+        lost = ("-" if one.fvu is None else f"{one.fvu:.1e}", f"{one.saturated or 0:,}")
         channels = ", ".join(map(str, one.outlier_channels[:4])) or "-"
         more = len(one.outlier_channels) - 4
         top = one.top[0]
@@ -36,6 +41,7 @@ def summary_table(found: Sequence[ArraySummary]) -> Table:
             channels + (f" +{more}" if more > 0 else ""),
             f"{one.outlier_tokens:,}" + (" (massive)" if top["massive"] else ""),
             f"item {top['item']} token {top['token']}",
+            *(lost if quantised else ()),
         )
     return table
 

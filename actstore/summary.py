@@ -65,6 +65,10 @@ class ArraySummary:
     """Tokens that stand out, by the median of the bins: to one bin of 4.4 %."""
     top: tuple[dict[str, Any], ...]
     """Tokens of largest norm: item (row of the table), token, norm, channel, value, massive."""
+    saturated: int | None
+    """Values beyond the range of int8; None where the store is not quantised."""
+    fvu: float | None
+    """Fraction of variance that int8 lost; None where nothing is known or nothing varies."""
 
     @property
     def norm(self) -> float:
@@ -145,6 +149,8 @@ def _one(store: "Store", site: str, kind: str, scheduler: Any) -> ArraySummary:
         median_norm=float(2.0 ** ((median_bin + 0.5) / 16 - 128)) if median_bin else 0.0,
         outlier_tokens=int(counts[from_bin + 1 :].sum()) if median_bin else 0,
         top=tuple(tokens),
+        saturated=None if moments.saturated is None else int(moments.saturated.sum()),
+        fvu=moments.fvu if moments.fvu is not None and math.isfinite(moments.fvu) else None,
     )
 
 
