@@ -165,6 +165,11 @@ def sparsity(
     for kind in wanted or ():
         store.spec(reads[0], kind)
     specs = [store.spec(reads[0], kind) for kind in kinds]
+    if chosen := [f"{a.tokens} of {a.of} {a.kind}" for a in specs if a.of]:
+        raise ValueError(
+            f"{store.url} keeps {', '.join(chosen)} tokens of each item: places of latents need "
+            "all of them; harvest without --tokens-per-item, or take `dictlearn eval`"
+        )
     model = delayed(dictionary.to("cpu"), pure=True)
     task = delayed(_part)
     parts: list[Any] = []
