@@ -5,6 +5,7 @@ server said word for word, because that may hold the access key.
 """
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -91,8 +92,17 @@ class S3Storage:
 
     def replace(self, path: str, pieces: Iterable[Buffer]) -> None:
         """See `Storage.replace`: one PUT, in parts when it is large; visible when complete."""
+        blocks = _blocks(pieces)
+        first: list[memoryview] = []
+        while sum(map(len, first)) <= PUT_CHUNK and (block := next(blocks, None)) is not None:
+            first.append(block)
         with self._translated(path):
-            obstore.put(self._store, path, _blocks(pieces), chunk_size=PUT_CHUNK)
+            if sum(map(len, first)) <= PUT_CHUNK:  # in parts it would be three requests
+                data = first[0] if len(first) == 1 else b"".join(first)
+                obstore.put(self._store, path, data, use_multipart=False)
+                return
+            whole = itertools.chain(first, blocks)
+            obstore.put(self._store, path, whole, chunk_size=PUT_CHUNK)
 
     def delete(self, path: str) -> None:
         """See `Storage.delete`."""

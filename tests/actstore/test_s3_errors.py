@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import actstore
+from actstore.remote import PUT_CHUNK
 from actstore.storage import open_storage
 
 SECRET = "the-secret-of-nobody"
@@ -17,6 +18,7 @@ class Failing(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.body = b""
         self.code, self.status, self.left, self.asked = "", 500, 0, 0
 
     @property
@@ -30,7 +32,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self):
         length = int(self.headers.get("Content-Length") or 0)
-        self.rfile.read(length)
+        self.server.body = self.rfile.read(length)
         self.server.asked += 1
         body, status = b"object", 200
         if self.server.left > 0:
@@ -104,6 +106,15 @@ def test_a_server_that_goes_on_throttling(server):
         open_storage("s3://b/a", {**server.options, "retries": 2}).read("x")
     assert server.asked == 3
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "pieces", [[b"one"], [b"12", memoryview(b"345"), b""], [], [bytes(PUT_CHUNK - 1), b"x"]]
+)
+def test_a_small_object_is_one_request(server, pieces):
+    open_storage("s3://b/a", {**server.options, "retries": 0}).replace("x", iter(pieces))
+    assert server.asked == 1
+    assert server.body == b"".join(pieces)
 
 
 def test_a_server_that_hangs_up_is_asked_again(server):
