@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MOST = 16
+MOST = 8
 """Batches of an epoch that a loader with worker processes reads."""
 
 WORKERS = ("saev", "litdata")

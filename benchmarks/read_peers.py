@@ -9,7 +9,7 @@ loaders alternate, as does the limit, a plain sequential read of the product's f
 not among them: it needs Python 3.12. Columns:
 
 tokens/s      of a whole epoch, its start included, pages in the cache; of saev and litdata, whose
-              workers are slow, of sixteen batches after the first
+              workers are slow, of eight batches after the first
 cold          the same with no page of the files in the cache
 of the limit  tokens/s over those of the sequential read of the float16 values
 VIF           variance of the means of whole batches over that of independent draws, of the
