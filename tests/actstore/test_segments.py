@@ -282,3 +282,23 @@ def test_statistics_that_do_not_fit_the_store_are_passed_over(store, path):
     for damage in (b"junk", first, None):
         index.unlink() if damage is None else index.write_bytes(damage)
         assert store.index().equals(rows)
+
+
+@pytest.mark.xdist_group("s3")
+def test_on_s3(tmp_path, s3):
+    url, what = f"s3://bucket/{tmp_path.name}", {"limit": 48, "dtype": "int8", "tokens_per_item": 4}
+    harvest_digits(url, storage_options=s3, **what)
+    harvest_digits(str(tmp_path / "a"), **what)
+    there, here = actstore.open(url, s3), actstore.open(tmp_path / "a")
+    assert names(there) == [f"{n:05d}.json" for n in range(4)]
+    assert not there.parts.commits
+    assert verify(there) == []
+    some = range(48)
+    assert (there.tokens(some, SITE, "patch") == here.tokens(some, SITE, "patch")).all()
+    assert (there.items(some, SITE, "patch") == here.items(some, SITE, "patch")).all()
+    there.storage.delete(record_path(5))
+    assert "segments/00001.json" in collect(actstore.open(url, s3))
+    assert actstore.open(url, s3).missing_parts == (5,)
+    assert not segments.seal(there.storage, there.manifest, 1)
+    harvest_digits(url, storage_options=s3, **what)
+    assert len(names(there)) == 4
