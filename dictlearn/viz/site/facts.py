@@ -60,7 +60,7 @@ class Facts:
             "mean": column(self.mean, log=True),
             "kind": numbers(self.kind),
             "entropy": column(self.entropy, steps=255),
-            "purity": column(self.purity, steps=241),  # 240: sixteenths and tenths are exact
+            "purity": column(self.purity, steps=241, span=(0.0, 1.0)),  # sixteenths are exact
             "label": numbers(self.label),
             "near": numbers(self.near[:, 0]),
             "cosine": column(self.cosine[:, 0], steps=255),

@@ -62,7 +62,13 @@ def pack(values: np.ndarray) -> str:
     return base64.b64encode(deflate.compress(data) + deflate.flush()).decode()
 
 
-def column(values: np.ndarray, *, log: bool = False, steps: int = 4096) -> dict[str, Any]:
+def column(
+    values: np.ndarray,
+    *,
+    log: bool = False,
+    steps: int = 4096,
+    span: tuple[float, float] | None = None,
+) -> dict[str, Any]:
     """Pack real numbers in equal steps between their least and largest; NaN is missing.
 
     Parameters
@@ -73,6 +79,8 @@ def column(values: np.ndarray, *, log: bool = False, steps: int = 4096) -> dict[
         Steps of equal ratio (values of 0 or less are missing, too) in place of equal steps.
     steps
         Number of steps, at most 65,535; up to 255 take one byte a latent.
+    span
+        Ends of the steps in place of the least and largest; values lie within.
     """
     x = np.asarray(values, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -80,6 +88,7 @@ def column(values: np.ndarray, *, log: bool = False, steps: int = 4096) -> dict[
     known = np.isfinite(x)
     low = float(x[known].min()) if known.any() else 0.0
     high = float(x[known].max()) if known.any() else 0.0
+    low, high = span or (low, high)
     step = (high - low) / (steps - 1) or 1.0
     kind = np.uint8 if steps <= 255 else np.uint16
     codes = np.full(x.shape, np.iinfo(kind).max, kind)

@@ -52,6 +52,11 @@ def test_numbers_are_exact(values: list[int]) -> None:
     assert [-1 if v == missing else v for v in found.tolist()] == values
 
 
+def test_sixteenths_are_exact_in_a_given_span() -> None:
+    x = np.arange(2, 17) / 16
+    assert np.allclose(unpacked(column(x, steps=241, span=(0.0, 1.0))), x, atol=1e-12)
+
+
 def test_a_log_column_has_no_place_for_zero() -> None:
     assert np.isnan(unpacked(column(np.array([0.0, 0.5, 1.0]), log=True))).tolist() == [
         True,

@@ -67,10 +67,10 @@
       const box = canvas.getBoundingClientRect();
       const column = Math.min(width - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * width)));
       const row = Math.min(height - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * height)));
-      note.textContent = `row ${row}, column ${column}: ${View.format.share(sum[row * width + column] / (items * times))}`;
+      note.textContent = `· row ${row}, column ${column}: ${View.format.share(sum[row * width + column] / (items * times))}`;
     });
     return h("figure.chart", null, canvas,
-      h("figcaption", null, View.colour.legend("0", View.format.share(most / (items * times))), " of items; ", note));
+      h("figcaption", null, View.colour.legend("0", View.format.share(most / (items * times))), " of items", note));
   };
 
   // A row of a list with a bar behind: label, value in [0, 1], text.

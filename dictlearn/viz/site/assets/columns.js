@@ -12,7 +12,7 @@
     { id: "entropy", title: "Spread", help: "entropy of the patch position, 0 one place, 1 everywhere", first: 1, text: (x) => f.fixed(x), bar: "unit", wide: 1 },
     { id: "purity", title: "Purity", help: "share of its strongest items that have the same label", first: -1, text: (x) => f.fixed(x), bar: "unit" },
     { id: "label", title: "Label", help: "that label", first: 1, words: true },
-    { id: "near", title: "Nearest", help: "latent of the most similar decoder row, with its cosine", first: 1, by: "cosine", wide: 2 },
+    { id: "near", title: "Nearest", help: "latent of the most similar decoder row, with its cosine", first: -1, by: "cosine", wide: 2 },
     ...(dictionary.effect ? [{ id: "class", title: "Raises", help: "class whose logit it raises most", first: -1, by: "effect", words: true, wide: 1 }] : []),
   ];
 

@@ -3,7 +3,7 @@
 (() => {
   const { h, s } = View;
   const f = View.format;
-  const DRAWN = 1500;
+  const DRAWN = 400;
 
   View.pages.graphs = async (main) => {
     const cards = View.site.graphs.map((g, i) => h("a.graph-card", { href: View.route.to(["graph", i]) },
@@ -29,6 +29,7 @@
       "aria-label": `Attribution graph of ${graph.nodes.length} nodes. Plus and minus zoom, arrows move, Tab goes through the nodes.` },
     layout.layers.map((l) => s("text.layer-name", { x: 8, y: l.y + 4 }, l.name)), lines, dots,
     layout.columns.map((c) => s("text.column-name", { x: c.x + c.width / 2, y: layout.height - 8 }, c.name)));
+    svg.style.fontSize = `${Math.max(11, layout.width / 80).toFixed(1)}px`;
     const zoom = new View.Zoom(svg, layout.width, layout.height);
     const side = h("div.graph-side");
     const marks = graph.nodes.map((node, i) => mark(node, layout.places[i], () => choose(i)));
