@@ -21,9 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dictlearn.config import Gated, JumpReLU, ReLU, TopK
+from dictlearn.densestep import Losses, dense_losses
 from dictlearn.dictionary import Dictionary
 from dictlearn.gemm import Backend
-from dictlearn.losses import AuxK, aux_loss, exponent, plain_losses
+from dictlearn.losses import AuxK, aux_loss, exponent
 from dictlearn.picks import Gather, Picker, Picks, pick
 from dictlearn.segments import ByLatent, bag_sum_and_dot, dot
 from dictlearn.sharding import Shards
@@ -62,6 +63,8 @@ class Step:
     """Concatenates values over the ranks of a data parallel run (BatchTopK)."""
     max_density: float = 0.02
     """Share of active entries above which the dense step is used."""
+    compiled: Losses | None = None
+    """The losses of the dense step, compiled."""
     picker: Picker = "exact"
     """How TopK finds its entries."""
     shards: Shards | None = None
@@ -101,15 +104,7 @@ def dense_step(
     for parameter in dictionary.parameters():
         parameter.grad = None
     with torch.enable_grad():
-        losses = plain_losses(
-            dictionary,
-            x_Br,
-            target_Bw,
-            prefixes=options.prefixes,
-            progress=options.progress,
-            penalty_scale=options.penalty_scale,
-            aux=options.aux,
-        )
+        losses = dense_losses(dictionary, x_Br, target_Bw, options)
         torch.autograd.backward(torch.stack(list(losses.values())).sum())
     with torch.no_grad():
         acts_BF = dictionary.sparsify.training_rule(dictionary.pre_activations(x_Br))

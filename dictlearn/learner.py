@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dictlearn.archetypes import Hull
 from dictlearn.candidates import compiled
 from dictlearn.config import BatchTopK
+from dictlearn.densestep import check_compiled, compiled_losses
 from dictlearn.dictionary import Dictionary
 from dictlearn.distributed import Ranks
 from dictlearn.gemm import Backend
@@ -80,6 +81,10 @@ class Learner:
             )
         if self.config.picker == "candidates" and takes_candidates(d.config.sparsify):
             compiled()  # says now what is not installed
+        self.compiled = None
+        if self.config.compile != "none":
+            check_compiled(d.config, self.name)
+            self.compiled = compiled_losses(self.config.compile)
         if self.config.precision == "bfloat16":
             self.backend = "bfloat16"
         self.trained = {n: p for n, p in d.named_parameters() if p.requires_grad}
@@ -130,6 +135,7 @@ class Learner:
             backend=self.backend,
             gather=self.gather,
             max_density=config.max_density,
+            compiled=self.compiled,
             picker=config.picker,
             shards=self.shards,
         )

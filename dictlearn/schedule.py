@@ -92,7 +92,11 @@ class TrainConfig:
     shard_latents: bool = False
     """Divide the latents, not the batch, over the ranks: for dictionaries too wide for one."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the encoder product; everything else is float32."""
+    """Precision of the encoder product, and of every product of a dense step (autocast); weights,
+    gradients and all else are float32."""
+    compile: Literal["none", "inductor", "aot_eager", "eager"] = "none"
+    """Backend of `torch.compile` for the losses of dense steps (kinds with no sparse step, or too
+    dense for it); ``none`` runs them as they are."""
     gemm: Literal["auto", "default", "onednn"] = "auto"
     """Backend of the encoder product on CPU; ``auto`` times them at the start and records it."""
     picker: Literal["exact", "candidates"] = "exact"
