@@ -96,7 +96,7 @@ def ours(
     return step
 
 
-def peers(latents: int) -> dict[str, StepFn]:
+def peers(latents: int, only: list[str] | None = None) -> dict[str, StepFn]:
     """Every installed peer as its own trainer drives it, TopK 32 (saev 0.1.0 has ReLU only)."""
     found: dict[str, StepFn] = {}
     for name, make in (
@@ -106,6 +106,8 @@ def peers(latents: int) -> dict[str, StepFn]:
         ("overcomplete", _overcomplete),
         ("saev (ReLU)", _saev),
     ):
+        if only and name not in only:
+            continue
         try:
             found[name] = make(latents)
         except ImportError as error:
@@ -335,6 +337,7 @@ def main() -> None:
     """Run what the arguments ask for and print a table; JSON on request."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--only", nargs="+", help="peers, by name")
     parser.add_argument("--kinds", action="store_true")
     parser.add_argument("--crossover", action="store_true")
     parser.add_argument("--missed", type=int, default=0, metavar="STEPS")
@@ -360,7 +363,7 @@ def main() -> None:
             "ours, candidates": ours(latents, TopK(K), backend="onednn", picker="candidates"),
         }
         if args.peers:
-            contestants |= peers(latents)
+            contestants |= peers(latents, args.only)
         if args.kinds:
             contestants |= kinds(latents)
         rows = race(contestants, latents, args.rounds, args.batch)

@@ -67,12 +67,12 @@ def largest(
         select(*arrays, wanted, 0, rows)
         return latent_Ck, pre_Ck, count_C
     edges = np.linspace(0, rows, threads + 1).astype(int).tolist()
+
+    def share(edge: tuple[int, int]) -> None:
+        select(*arrays, wanted, *edge)
+
     with ThreadPoolExecutor(threads) as pool:
-        for done in [
-            pool.submit(select, *arrays, wanted, first, last)
-            for first, last in itertools.pairwise(edges)
-        ]:
-            done.result()
+        list(pool.map(share, itertools.pairwise(edges)))
     return latent_Ck, pre_Ck, count_C
 
 

@@ -183,13 +183,14 @@ def parts(
     if count > len(target_Nw):
         raise ValueError(f"{count} parts are asked for of {len(target_Nw)} tokens")
     decomposition = scikit("decomposition", "NMF")
+    passes = max(20, -(-300 // -(-len(target_Nw) // 4096)))  # at least 300 updates
     model = decomposition.MiniBatchNMF(
-        count, init="random", batch_size=4096, max_iter=20, random_state=seed, tol=0.0
+        count, init="random", batch_size=4096, max_iter=passes, random_state=seed, tol=0.0
     )
     centred_Nw = (target_Nw - center_w).float().cpu()
     split = torch.cat([centred_Nw.relu(), (-centred_Nw).relu()], dim=1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", module="sklearn")  # it warns that it has not converged
+        warnings.filterwarnings("ignore", module="sklearn")  # it may not have converged
         weight_NP = torch.from_numpy(np.asarray(model.fit_transform(split.numpy()), np.float32))
     found_P2w = torch.from_numpy(np.asarray(model.components_, np.float32))
     width = centred_Nw.shape[1]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from actstore.store import Store
+from dictlearn import starts
 from dictlearn.archetypes import Hull, nearest_on_simplex
 from dictlearn.config import BatchTopK, Gated, JumpReLU, ReLU, Sparsify, TopK
 from dictlearn.dictionary import Dictionary
@@ -223,3 +224,32 @@ def test_errors(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     with pytest.raises(ValueError, match=r"KMeans needs scikit-learn.*pip install 'actstore"):
         scikit("cluster", "KMeans")
+
+
+def test_parts_of_a_factorisation() -> None:
+    """Planted signed directions, each seen alone, come back; the inputs are those that use them."""
+    generator = torch.Generator().manual_seed(0)
+    atoms = torch.nn.functional.normalize(torch.randn(6, 10, generator=generator), dim=1)
+    which = torch.arange(600) % 6
+    strength = 1 + torch.rand(600, 1, generator=generator)
+    center = torch.randn(10, generator=generator)
+    target = center + strength * atoms[which]
+    x = torch.nn.functional.one_hot(which, 6).float()
+    mean, part = starts.parts(x, target, center, 6, seed=0)
+    cosine = torch.nn.functional.normalize(part - center, dim=1) @ atoms.T
+    assert (cosine.max(0).values > 0.9).all()
+    assert torch.equal(mean.argmax(1), cosine.argmax(1))
+    with pytest.raises(ValueError, match="7 parts are asked for of 6 tokens"):
+        starts.parts(x[:6], target[:6], center, 7)
+
+
+def test_a_decoder_that_starts_from_a_factorisation(store: Store) -> None:
+    d = Dictionary({"blocks.0.resid_post": 16}, latents=20, sparsify=TopK(3))
+    config = TrainConfig(steps=1, batch_size=64, lr=1e-9, init_decoder="nmf", normalize="none")
+    before = d.W_dec.detach().clone()
+    train(store, d, config)
+    assert not torch.allclose(d.W_dec, before)
+    torch.testing.assert_close(d.W_dec.norm(dim=1), torch.ones(20))
+    torch.testing.assert_close(d.W_enc.T, d.W_dec, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="archetypes excludes init_decoder=nmf"):
+        TrainConfig(init_decoder="nmf", archetypes=10)
