@@ -149,7 +149,8 @@ def _entropy(
     sum_F = np.bincount(latent_N, weights=-share_N * np.log(share_N), minlength=f)
     most_F = np.log(np.minimum(max(1, patches[1] - patches[0]), np.maximum(1, total_F)))
     entropy_F: np.ndarray = np.where(most_F > 0, sum_F / np.where(most_F > 0, most_F, 1), np.nan)
-    return np.clip(entropy_F, 0, 1)
+    clipped_F: np.ndarray = np.clip(entropy_F, 0, 1)
+    return clipped_F
 
 
 def _purity(
