@@ -118,6 +118,7 @@ def photos(folder: Path, weights: Path, work: Path) -> dict[str, Any]:
     bare, without = timed(
         lambda: build(store, named, work / "bare", SiteOptions(items=0, thumbs=0))
     )
+    print(f"read {read}, built without pictures and model {without}", flush=True)
     built, whole = timed(lambda: build(store, named, work / "site", model=model))
     return {
         "items": store.n_items,
