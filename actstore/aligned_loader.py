@@ -78,7 +78,9 @@ class AlignedLoader:
                 one.close()  # type: ignore[attr-defined]
 
 
-def loader_of(store: "Store | Aligned", sites: list[str], batch_size: int, **options: Any) -> Any:
+def loader_of(
+    store: "Store | Aligned", sites: list[str], batch_size: int, **options: Any
+) -> TokenLoader | AlignedLoader:
     """Return the loader of one store or of aligned ones."""
     if isinstance(store, Aligned):
         return AlignedLoader(store, sites, batch_size, **options)
