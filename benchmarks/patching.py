@@ -1,10 +1,10 @@
 """Speed of patching: a grid in one call, against one forward pass a patch, and against a gradient.
 
-    python -m benchmarks.patching --model timm/vit_small_patch16_224 --positions 8
+    python -m benchmarks.patching --model timm/vit_small_patch16_224 --positions 16
 
 The peer is the loop that TransformerLens documents (``for layer: for position: run_with_hooks``)
-with this library's own hooks, so that only the batching differs. Both run on a part of the grid, in
-turns, layer by layer; CPU seconds of the process, so that other load counts little.
+with this library's own hooks, so that only the batching differs. Both run on some positions of
+every layer, in turns; CPU seconds of the process, so that other load counts little.
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ def one_by_one(
     model: vitmodels.VisionModel,
     clean: Tensor,
     corrupted: Tensor,
-    site: str,
+    sites: list[str],
     positions: list[int],
 ) -> Tensor:
-    """Return the metric after each patch, one forward pass each."""
+    """Return the metric after each patch [site, position], one forward pass each."""
     metric = logit_difference(0, 1)
     values = []
     with torch.no_grad():
-        source = model.run(clean, site)[site]
-        for position in positions:
+        source = model.run(clean, sites)
+        for site in sites:
+            for position in positions:
 
-            def edit(value: Tensor, position: int = position) -> Tensor:
-                value[:, position] = source[:, position]
-                return value
+                def edit(value: Tensor, site: str = site, position: int = position) -> Tensor:
+                    value[:, position] = source[site][:, position]
+                    return value
 
-            with model.editing({site: edit}):
-                values.append(metric(model(corrupted)).mean())
-    return torch.stack(values)
+                with model.editing({site: edit}):
+                    values.append(metric(model(corrupted)).mean())
+    return torch.stack(values).view(len(sites), len(positions))
 
 
 def main() -> None:
@@ -52,7 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="timm/vit_small_patch16_224")
     parser.add_argument("--pretrained", action="store_true")
-    parser.add_argument("--positions", type=int, default=8, help="positions a layer")
+    parser.add_argument("--positions", type=int, default=16, help="positions a layer")
+    parser.add_argument("--turn", type=int, default=16, help="positions a turn")
     parser.add_argument("--items", type=int, default=1, help="pairs")
     parser.add_argument("--rows", type=int, default=64, help="rows of one forward pass")
     parser.add_argument("--full", action="store_true", help="also time the whole grid in one call")
@@ -82,18 +84,20 @@ def main() -> None:
 
     # What happens once a model (shapes of sites, where its batch may grow) is not timed.
     activation_patching(model, clean, corrupted, sites, metric, positions=[0])
-    for site in sites:
+    # In turns, a few positions of all layers at a time; a call of the whole grid has them all.
+    for start in range(0, len(positions), args.turn):
+        some = positions[start : start + args.turn]
         together = timed(
             "one call",
-            lambda site=site: activation_patching(
-                model, clean, corrupted, site, metric, positions=positions, rows=args.rows
+            lambda some=some: activation_patching(
+                model, clean, corrupted, sites, metric, positions=some, rows=args.rows
             ),
         )
         alone = timed(
             "one by one",
-            lambda site=site: one_by_one(model, clean, corrupted, site, positions),
+            lambda some=some: one_by_one(model, clean, corrupted, sites, some),
         )
-        values = torch.from_numpy(together["resid_post"].values.ravel())  # type: ignore[index]
+        values = torch.from_numpy(together["resid_post"].values)  # type: ignore[index]
         largest = max(largest, float((values - alone).abs().max()))  # type: ignore[operator]
     repeats = 3
     for _ in range(repeats):
