@@ -5,7 +5,9 @@
 Writes a store of 8,192 items x 197 tokens x 768 float16 (2.5 GB; `--items` for less) to a
 scratch folder and reads it with the loader of the product, warm and cold, beside a plain
 sequential read of the same bytes into memory of the same size. All runs of one row alternate
-with their limit, so that other load on the machine meets both; ratios are medians over rounds.
+with their limit, so that other load on the machine meets both; ratios are medians over rounds. The
+reader is three threads that wait for each other and the limit is one that never waits, so load
+beyond the cores hurts the reader alone; there, run it under ``chrt -f 5``.
 """
 
 import argparse
