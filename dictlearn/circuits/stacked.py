@@ -1,8 +1,8 @@
 """Many small edits in one forward pass: every edit has a copy of the batch of its own.
 
 A chunk of K places makes a batch of K x B rows, row ``k * B + b`` being item b edited at place k.
-Blocks before the first place of a chunk see B rows only: the batch grows, by copies, where the
-first edited block begins. Where a module cannot bear that (checked once for each place in the
+Blocks before the first place of a chunk see B rows only: the batch grows, by copies, at the last
+border of blocks before it. Where a module cannot bear that (checked once for each place in the
 model, against the plain pass) the whole pass has K x B rows.
 
 Shape legend: K places, B items, C classes.
@@ -103,13 +103,13 @@ def _growing(model: VisionModel, site: str, times: int) -> AbstractContextManage
 
 
 def grows_at(model: VisionModel, x: Batch, first: str) -> str | None:
-    """Return the last ``resid_pre`` at or before a site where the batch may grow, or None.
+    """Return the last border of blocks at or before a site if the batch may grow there, or None.
 
     The candidate is tried: two copies must give the logits of the plain pass.
     """
     site = None
     for name in model.anatomy.taps:
-        if name.endswith(".resid_pre"):
+        if name.endswith((".resid_pre", ".resid_post")):
             site = name
         if name == first:
             break

@@ -181,7 +181,8 @@ def test_images_and_video_of_other_families(family: str, variant: str | None) ->
 def test_the_batch_grows_where_the_first_block_begins(pair: Pair) -> None:
     model, clean, _ = pair
     assert grows_at(model, clean, "blocks.1.mlp_out") == "blocks.1.resid_pre"
-    assert grows_at(model, clean, "logits") == "blocks.1.resid_pre"
+    assert grows_at(model, clean, "logits") == "blocks.1.resid_post"
+    assert grows_at(model, clean, "blocks.0.resid_post") == "blocks.0.resid_post"
     assert grows_at(model, clean, "embed") is None
     rows = {}
 
