@@ -269,7 +269,7 @@ def crossover(latents: int, rounds: int, batch: int) -> None:
     options = {"backend": choose_backend(batch, D, latents, torch.device("cpu"))}
     print(f"\nReLU, F={latents}, batch {batch}\n| L0 | L0/F | sparse / dense (wall) | CPU |")
     print("|---|---|---|---|")
-    for density in (0.005, 0.01, 0.02, 0.03, 0.05, 0.08):
+    for density in (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12):
         with torch.no_grad():
             dictionary.b_enc.fill_(-float(pre[::16].quantile(1 - density)))
         times = []

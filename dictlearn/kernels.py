@@ -61,7 +61,7 @@ class Step:
     """Of the encoder product."""
     gather: Gather | None = None
     """Concatenates values over the ranks of a data parallel run (BatchTopK)."""
-    max_density: float = 0.02
+    max_density: float = 0.05
     """Share of active entries above which the dense step is used."""
     compiled: Losses | None = None
     """The losses of the dense step, compiled."""
