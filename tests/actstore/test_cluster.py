@@ -27,7 +27,7 @@ WHAT = {
 def cluster():
     with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
         made = distributed.LocalCluster(
-            n_workers=2,
+            n_workers=3,
             threads_per_worker=1,
             processes=True,
             dashboard_address=":0",  # any free port: tests run side by side
@@ -40,16 +40,17 @@ def cluster():
 def test_a_worker_killed_in_the_middle_changes_no_byte(cluster, tmp_path):
     actstore.harvest(out=tmp_path / "one", device="cpu", **WHAT)
     processes = cluster.run(os.getpid)
-    assert len(set(processes.values())) == 2
+    assert len(set(processes.values())) == 3
     killed, events = [], []
 
     def watch(event):
         events.append(event)
         if event.kind == "part" and not killed:
             busy = {worker: keys for worker, keys in cluster.processing().items() if keys}
-            victim = next(worker for worker in processes if worker in busy)
-            os.kill(processes[victim], signal.SIGKILL)
-            killed.append(victim)
+            victim = next((worker for worker in processes if worker in busy), None)
+            if victim is not None:  # on a slow machine none may be busy at this instant
+                os.kill(processes[victim], signal.SIGKILL)
+                killed.append(victim)
 
     store = harvest_on(cluster, out=tmp_path / "many", device="cpu", on_event=watch, **WHAT)
     assert len(killed) == 1
