@@ -133,7 +133,11 @@ def test_errors_say_what_is_wrong_and_no_secret(s3, url, change, error, message)
     ("text", "error", "message"),
     [
         ("<Code>ExpiredToken</Code>", PermissionError, "credentials have expired"),
-        ("status code: 503 <Code>SlowDown</Code>", OSError, "throttles requests and 3 attempts did not help"),
+        (
+            "status code: 503 <Code>SlowDown</Code>",
+            OSError,
+            "throttles requests and 3 attempts did not help",
+        ),
         ("operation timed out", TimeoutError, "did not answer within 60s"),
         ("<Code>InternalError</Code> key=AKIA", OSError, "a request to here failed"),
     ],
