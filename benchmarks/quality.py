@@ -145,15 +145,15 @@ def train(
 def table(lines: Iterable[str]) -> str:
     """Mean and standard deviation over seeds, at the best learning rate of each contestant."""
     rows = [json.loads(line) for line in lines]
-    kinds = list(dict.fromkeys(r["kind"] for r in rows))
+    groups = list(dict.fromkeys((r["kind"], r["latents"]) for r in rows))
     out = [
-        "| kind | trainer | lr | seeds | FVU at L0 = k | over the best | dead "
-        "| L0 by its own threshold | CPU s |\n|---|---|---|---|---|---|---|---|---|"
+        "| kind | latents | trainer | lr | seeds | FVU at L0 = k | over the best | dead "
+        "| L0 by its own threshold | CPU s |\n|---|---|---|---|---|---|---|---|---|---|"
     ]
-    for kind in kinds:
+    for kind, latents in groups:
         best: dict[str, dict[float, list[Any]]] = {}
         for r in rows:
-            if r["kind"] == kind:
+            if (r["kind"], r["latents"]) == (kind, latents):
                 best.setdefault(r["name"], {}).setdefault(r["lr"], []).append(r)
         chosen = {}
         # a rate tried with one seed only does not stand for three
@@ -165,7 +165,7 @@ def table(lines: Iterable[str]) -> str:
         for name, rs in chosen.items():
             fvu = np.array([r["fvu"] for r in rs])
             own = [f"{np.mean([r['l0_own'] for r in rs]):.1f}"] if "l0_own" in rs[0] else [""]
-            cells = [kind, name, f"{rs[0]['lr']:g}", str(len(rs))]
+            cells = [kind, str(latents), name, f"{rs[0]['lr']:g}", str(len(rs))]
             cells += [f"{fvu.mean():.4f} ± {fvu.std():.4f}", f"{fvu.mean() / least - 1:+.1%}"]
             cells += [f"{np.mean([r['dead'] for r in rs]):.1%}", *own]
             cells += [f"{np.mean([r['seconds'] for r in rs]):.0f}"]
