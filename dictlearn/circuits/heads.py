@@ -12,35 +12,18 @@ Shape legend: B items, C classes, D features.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitmodels.family import call_module
+from vitmodels.headed import with_head
 from vitmodels.model import VisionModel
-from vitmodels.taps import OutputTap
 
 if TYPE_CHECKING:
     from actstore.store import Store
-
-
-class _Probed(nn.Module):
-    """A tower, unmodified, and a linear head behind it."""
-
-    def __init__(self, model: VisionModel, head: nn.Linear) -> None:
-        super().__init__()
-        self.tower = model.module
-        self.head = head
-        self._call = model.anatomy.call
-
-    def forward(self, x: Any) -> Tensor:
-        """Return logits ``[B, C]``."""
-        logits: Tensor = self.head(self._call(self.tower, x))
-        return logits
 
 
 def with_probe(
@@ -57,7 +40,10 @@ def with_probe(
     """
     sites = model.sites()
     if "logits" in sites:
-        raise ValueError(f"{model.spec.id} has a head of {sites['logits'].shape[-1]} classes")
+        raise ValueError(
+            f"{model.spec.id} has a head of {sites['logits'].shape[-1]} classes already: use the "
+            "model as it is, or load it without its head for a probe"
+        )
     name = next((n for n in ("projection", "pooled") if n in sites), None)
     width = weight_CD.shape[1]
     if name is None or sites[name].shape != (width,):
@@ -68,13 +54,7 @@ def with_probe(
         head.weight.copy_(weight_CD)
         head.bias.zero_() if bias_C is None else head.bias.copy_(bias_C)
     head.requires_grad_(False)
-    anatomy = dataclasses.replace(
-        model.anatomy,
-        taps={**model.anatomy.taps, "logits": OutputTap(module=head)},
-        n_classes=len(weight_CD),
-        call=call_module,
-    )
-    return VisionModel(module=_Probed(model, head).eval(), anatomy=anatomy, spec=model.spec)
+    return with_head(model, head, len(weight_CD))
 
 
 def fit_probe(

@@ -13,7 +13,6 @@ arXiv:2103.00020, section 3.1.
 Shape legend: B batch, C classes, E embedding.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitmodels.family import call_module
+from vitmodels.headed import with_head
 from vitmodels.model import VisionModel
 from vitmodels.registry import load, resolve
-from vitmodels.taps import OutputTap
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -45,21 +43,6 @@ class ZeroShotHead(nn.Module):
         """Return logits ``[B, C]``."""
         cosines_BC = F.normalize(features_BE, dim=-1) @ self.weight_CE.T
         return self.scale * cosines_BC + self.bias
-
-
-class ZeroShot(nn.Module):
-    """An image tower, unmodified, and a head behind it."""
-
-    def __init__(self, model: VisionModel, head: ZeroShotHead) -> None:
-        super().__init__()
-        self.tower = model.module
-        self.head = head
-        self._call = model.anatomy.call
-
-    def forward(self, x: Any) -> Tensor:
-        """Return logits ``[B, C]``."""
-        logits: Tensor = self.head(self._call(self.tower, x))
-        return logits
 
 
 def class_vectors(
@@ -146,13 +129,7 @@ def zero_shot(
         scale = float(clip.logit_scale.exp())
         bias = 0.0 if clip.logit_bias is None else float(clip.logit_bias)
     head = ZeroShotHead(weight_CE.to(model.device, model.dtype), scale=scale, bias=bias)
-    anatomy = dataclasses.replace(
-        model.anatomy,
-        taps={**model.anatomy.taps, "logits": OutputTap(module=head)},
-        n_classes=len(classes),
-        call=call_module,
-    )
-    return VisionModel(module=ZeroShot(model, head).eval(), anatomy=anatomy, spec=model.spec)
+    return with_head(model, head, len(classes))
 
 
 def load_zero_shot(

@@ -15,9 +15,10 @@ from dictlearn.config import BatchTopK, Input, TopK
 from dictlearn.dictionary import Dictionary
 from vitmodels.edits import at_heads, zero
 from vitmodels.family import Family
+from vitmodels.headed import with_head
 from vitmodels.registry import families
 from vitmodels.weights import seeded
-from vitmodels.zeroshot import ZeroShot, ZeroShotHead
+from vitmodels.zeroshot import ZeroShotHead
 
 NOT_AFFINE = {
     "hf_vjepa2/classifier": "pools by attention",
@@ -222,21 +223,8 @@ def test_zero_shot_heads_and_probes() -> None:
     weight = torch.nn.functional.normalize(
         torch.randn(5, width, generator=torch.Generator().manual_seed(0)), dim=-1
     )
-    import dataclasses
-
-    from vitmodels.family import call_module
-    from vitmodels.taps import OutputTap
-
     head = ZeroShotHead(weight, scale=30.0, bias=-2.0)
-    anatomy = dataclasses.replace(
-        model.anatomy,
-        taps={**model.anatomy.taps, "logits": OutputTap(module=head)},
-        n_classes=5,
-        call=call_module,
-    )
-    zero_shot = vitmodels.VisionModel(
-        module=ZeroShot(model, head).eval(), anatomy=anatomy, spec=model.spec
-    )
+    zero_shot = with_head(model, head, 5)
     probed = with_probe(model, weight, torch.arange(5.0))
     for made in (zero_shot, probed):
         parts = attribute_logits(made, x)

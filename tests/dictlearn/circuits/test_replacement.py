@@ -19,10 +19,9 @@ from dictlearn.config import ReLU, TopK
 from dictlearn.dictionary import Dictionary
 from dictlearn.formats import save
 from vitmodels.families import hf_clip, hf_dinov2, hf_siglip, hf_vit, open_clip_vit, timm_vit
-from vitmodels.family import call_module
+from vitmodels.headed import with_head
 from vitmodels.model import VisionModel
-from vitmodels.taps import OutputTap
-from vitmodels.zeroshot import ZeroShot, ZeroShotHead
+from vitmodels.zeroshot import ZeroShotHead
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +157,7 @@ def test_classes_of_a_zero_shot_head() -> None:
     tower = vitmodels.wrap(open_clip_vit.FAMILY.conformance()["gelu"]().eval())
     weight = nn.functional.normalize(torch.randn(5, 20), dim=1)
     head = ZeroShotHead(weight, scale=10.0, bias=0.0)
-    taps = {**tower.anatomy.taps, "logits": OutputTap(module=head)}
-    anatomy = dataclasses.replace(tower.anatomy, taps=taps, n_classes=5, call=call_module)
-    model = VisionModel(module=ZeroShot(tower, head).eval(), anatomy=anatomy, spec=tower.spec)
+    model = with_head(tower, head, 5)
     d = model.spec.d_model
     dictionaries = [
         Dictionary(
