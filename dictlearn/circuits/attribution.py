@@ -24,15 +24,12 @@ import xarray as xr
 from torch import Tensor
 
 from dictlearn.circuits.metrics import Metric, values_of
-from dictlearn.circuits.patching import Direction, baseline, check_pair, ends
+from dictlearn.circuits.patching import Direction, baseline, between
 from dictlearn.circuits.places import (
     AXES,
     Place,
     Positions,
     dataset,
-    editable_sites,
-    grid_places,
-    require_logits,
 )
 from dictlearn.circuits.stacked import ROWS, Batch, copies_of, n_items, stacked
 from vitmodels.model import VisionModel
@@ -66,11 +63,7 @@ def attribution_patching(
     ValueError
         As `activation_patching`, and for a metric without a gradient.
     """
-    require_logits(model)
-    check_pair(clean, corrupted)
-    infos = editable_sites(model, sites)
-    places = grid_places(infos, over, positions)
-    base, other = ends(clean, corrupted, direction)
+    infos, places, base, other = between(model, clean, corrupted, sites, direction, over, positions)
     start_B: list[Tensor] = []
 
     def target(logits_BC: Tensor) -> Tensor:
@@ -112,11 +105,7 @@ def integrated_gradients(
     """
     if steps < 1:
         raise ValueError(f"integrated gradients need at least one step, not steps={steps}")
-    require_logits(model)
-    check_pair(clean, corrupted)
-    infos = editable_sites(model, sites)
-    places = grid_places(infos, over, positions)
-    base, other = ends(clean, corrupted, direction)
+    infos, places, base, other = between(model, clean, corrupted, sites, direction, over, positions)
     with torch.no_grad():
         from_, to = model.run(base, list(infos)), model.run(other, list(infos))
         start_B = values_of(metric, model(base))

@@ -24,6 +24,7 @@ from torch import Tensor
 from dictlearn.circuits.metrics import Metric, values_of
 from dictlearn.circuits.places import (
     AXES,
+    Place,
     Positions,
     as_source,
     dataset,
@@ -33,6 +34,7 @@ from dictlearn.circuits.places import (
 )
 from dictlearn.circuits.stacked import ROWS, Batch, n_items, run_places
 from vitmodels.model import VisionModel
+from vitmodels.spec import SiteInfo
 from vitmodels.taps import Edit
 
 Direction = Literal["denoise", "noise"]
@@ -86,11 +88,7 @@ def activation_patching(
         No head, a site that is absent or read-only, batches that differ in shape, an unknown
         direction.
     """
-    require_logits(model)
-    check_pair(clean, corrupted)
-    infos = editable_sites(model, sites)
-    places = grid_places(infos, over, positions)
-    base, other = ends(clean, corrupted, direction)
+    infos, places, base, other = between(model, clean, corrupted, sites, direction, over, positions)
     with torch.no_grad():
         source = model.run(other, list(infos))
     values = run_places(model, base, places, source, metric, infos=infos, rows=rows)
@@ -224,6 +222,22 @@ def ends(clean: Batch, corrupted: Batch, direction: str) -> tuple[Batch, Batch]:
             "corrupted run, 'noise' corrupted values into the clean run"
         )
     return (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+
+
+def between(
+    model: VisionModel,
+    clean: Batch,
+    corrupted: Batch,
+    sites: str | Sequence[str],
+    direction: str,
+    over: Sequence[str],
+    positions: Positions | None,
+) -> tuple[dict[str, SiteInfo], list[Place], Batch, Batch]:
+    """Check what `activation_patching` is given; return sites, places, and the two `ends`."""
+    require_logits(model)
+    check_pair(clean, corrupted)
+    infos = editable_sites(model, sites)
+    return infos, grid_places(infos, over, positions), *ends(clean, corrupted, direction)
 
 
 def check_pair(clean: Batch, corrupted: Batch) -> None:

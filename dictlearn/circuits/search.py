@@ -17,14 +17,11 @@ import numpy as np
 import torch
 
 from dictlearn.circuits.metrics import Metric
-from dictlearn.circuits.patching import Direction, check_pair, ends
+from dictlearn.circuits.patching import Direction, between
 from dictlearn.circuits.places import (
     AXES,
     Place,
     Positions,
-    editable_sites,
-    grid_places,
-    require_logits,
 )
 from dictlearn.circuits.stacked import Batch, run_sets
 from vitmodels.model import VisionModel
@@ -87,11 +84,7 @@ def smallest_set(
     """
     if largest < 1 or budget < 1:
         raise ValueError(f"largest={largest} and budget={budget} must be at least 1")
-    require_logits(model)
-    check_pair(clean, corrupted)
-    infos = editable_sites(model, sites)
-    places = grid_places(infos, over, positions)
-    base, other = ends(clean, corrupted, direction)
+    infos, places, base, other = between(model, clean, corrupted, sites, direction, over, positions)
     with torch.no_grad():
         source = model.run(other, list(infos))
     order, exhaustive, tried = list(range(len(places))), True, 0
