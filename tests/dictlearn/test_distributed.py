@@ -1,19 +1,14 @@
 """Data parallel training with gloo: 2 and 4 processes equal one on the same global batches."""
 
-import multiprocessing
-import os
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
+from gloo import beside, in_worlds, needs_gloo, same_weights
 
 import actstore
 from actstore.store import Store
 from dictlearn.config import BatchTopK, JumpReLU, Matryoshka, ReLU, TopK
 from dictlearn.dictionary import Dictionary
-from dictlearn.formats import load
-from dictlearn.runlog import read_log
 from dictlearn.schedule import TrainConfig
 from dictlearn.trainer import train
 
@@ -42,46 +37,28 @@ def dictionaries() -> list[Dictionary]:
 
 
 def work(rank: int, url: str, out: str) -> None:
-    """Train with 4 processes, then with the first 2 of them."""
-    torch.set_num_threads(1)
-    for world in (4, 2):
-        if rank < world:
-            init = f"file://{out}/rendezvous-{world}"
-            dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
-            train(actstore.open(url), dictionaries(), CONFIG, out=f"{out}/{world}")
-            dist.destroy_process_group()
+    in_worlds(
+        rank,
+        out,
+        lambda world: train(actstore.open(url), dictionaries(), CONFIG, out=f"{out}/{world}"),
+    )
 
 
 def close(a: Path, b: Path) -> None:
-    names = sorted(p.parent.name for p in a.glob("*/config.json"))
-    assert len(names) == 5
-    for name in names:
-        one, other = load(a / name).state_dict(), load(b / name).state_dict()
-        for key, value in one.items():
-            torch.testing.assert_close(other[key], value, atol=2e-4, rtol=2e-3, msg=f"{name} {key}")
-    for one_row, other_row in zip(
-        read_log(a / "log.jsonl"), read_log(b / "log.jsonl"), strict=True
-    ):
-        assert one_row["step"] == other_row["step"]
+    for one, other in zip(*same_weights(a, b, 5), strict=True):
+        assert one["step"] == other["step"]
         for key in ("mse", "fvu", "l0", "grad_norm"):
-            assert other_row[key] == pytest.approx(one_row[key], rel=5e-3, abs=1e-4), key
+            assert other[key] == pytest.approx(one[key], rel=5e-3, abs=1e-4), key
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
+@needs_gloo
 def test_ranks_equal_one_process(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dictlearn.trainer", "dictlearn.commands", "actstore.store"])
-    arguments = (store.url, str(tmp_path))
-    processes = [context.Process(target=work, args=(rank, *arguments)) for rank in range(4)]
-    for process in processes:
-        process.start()
-    train(store, dictionaries(), CONFIG, out=tmp_path / "1")
-    for process in processes:
-        process.join(200)
-        assert process.exitcode == 0
+    def alone() -> None:
+        train(store, dictionaries(), CONFIG, out=tmp_path / "1")
+
+    beside(work, (store.url, str(tmp_path)), alone, monkeypatch)
     close(tmp_path / "1", tmp_path / "2")
     close(tmp_path / "1", tmp_path / "4")
 

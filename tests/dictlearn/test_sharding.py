@@ -1,21 +1,17 @@
 """Latents divided over 2 and 4 processes equal one process; checkpoints go on anywhere."""
 
-import multiprocessing
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from gloo import beside, in_worlds, needs_gloo, same_weights
 
 import actstore
 from actstore.store import Store
 from dictlearn.config import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from dictlearn.dictionary import Dictionary
 from dictlearn.distributed import Ranks
-from dictlearn.formats import load
-from dictlearn.runlog import read_log
 from dictlearn.schedule import TrainConfig
 from dictlearn.sharding import latent_axis, shards_of
 from dictlearn.trainer import train
@@ -50,24 +46,15 @@ def dictionaries() -> list[Dictionary]:
 
 
 def work(rank: int, url: str, out: str) -> None:
-    torch.set_num_threads(1)
-    for world in (4, 2):
-        if rank < world:
-            init = f"file://{out}/rendezvous-{world}"
-            dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
-            done = train(actstore.open(url), dictionaries(), CONFIG, out=f"{out}/{world}")
-            assert all(one.dictionary.latents == 48 for one in done)
-            dist.destroy_process_group()
+    def run(world: int) -> None:
+        done = train(actstore.open(url), dictionaries(), CONFIG, out=f"{out}/{world}")
+        assert all(one.dictionary.latents == 48 for one in done)
+
+    in_worlds(rank, out, run)
 
 
 def close(a: Path, b: Path) -> None:
-    names = sorted(p.parent.name for p in a.glob("*/config.json"))
-    assert len(names) == 6
-    for name in names:
-        one, other = load(a / name).state_dict(), load(b / name).state_dict()
-        for key, value in one.items():
-            torch.testing.assert_close(other[key], value, atol=2e-4, rtol=2e-3, msg=f"{name} {key}")
-    rows, others = read_log(a / "log.jsonl"), read_log(b / "log.jsonl")
+    rows, others = same_weights(a, b, 6)
     assert any(row.get("aux", 0) > 0 for row in rows)
     for row, other in zip(rows, others, strict=True):
         assert row.keys() == other.keys()
@@ -75,21 +62,14 @@ def close(a: Path, b: Path) -> None:
             assert other[key] == pytest.approx(row[key], rel=5e-3, abs=1e-4), (row["name"], key)
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
+@needs_gloo
 def test_divided_latents_equal_one_process(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dictlearn.trainer", "actstore.store"])
-    arguments = (store.url, str(tmp_path))
-    processes = [context.Process(target=work, args=(rank, *arguments)) for rank in range(4)]
-    for process in processes:
-        process.start()
-    train(store, dictionaries(), CONFIG, out=tmp_path / "1")
-    for process in processes:
-        process.join(200)
-        assert process.exitcode == 0
+    def alone() -> None:
+        train(store, dictionaries(), CONFIG, out=tmp_path / "1")
+
+    beside(work, (store.url, str(tmp_path)), alone, monkeypatch)
     close(tmp_path / "1", tmp_path / "2")
     close(tmp_path / "1", tmp_path / "4")
     shutil.rmtree(tmp_path / "4" / "checkpoints" / "000000006")
