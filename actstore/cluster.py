@@ -207,21 +207,14 @@ def harvest_on(
     sites: str | Sequence[str],
     out: str | os.PathLike[str],
     load: Mapping[str, Any] | None = None,
-    tokens: str | Sequence[str] = "cls,patch",
-    tokens_per_item: int | None = None,
-    dtype: str | None = None,
-    codec: str = "raw",
-    limit: int | None = None,
-    seed: int = 0,
     device: str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
     strict: bool = False,
     memory: int | None = None,
-    autocast: str | None = None,
-    compile: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     on_event: Callable[[Event], None] | None = None,
+    **options: Any,
 ) -> Store:
     """Harvest as `actstore.harvest` does, with the parts computed by the workers of a cluster.
 
@@ -234,10 +227,9 @@ def harvest_on(
     load
         Further options of `vitmodels.load`: weights (a file that all machines see), pretrained,
         seed, img_size.
-    data, sites, out, tokens, tokens_per_item, dtype, codec, limit, seed, batch_size, strict,
-    autocast, compile
-        As for `actstore.harvest`, as are the `storage_options`. A local `out` must be a folder
-        that all machines share.
+    data, sites, out, batch_size, strict, storage_options, options
+        As for `actstore.harvest`, whose other options (tokens, dtype, limit, ...) go here by name.
+        A local `out` must be a folder that all machines share.
     device
         Where the model runs on a worker.
     workers
@@ -264,26 +256,19 @@ def harvest_on(
         there = os.fspath(out)
         there = there if "://" in there else os.path.abspath(there)
         storage = open_storage(there, storage_options)
-        options = dict(load or {})
+        loading = dict(load or {})
         job, plan = prepare(
-            model=load_model(model, "cpu", **options),
+            model=load_model(model, "cpu", **loading),
             data=data,
             sites=sites,
             storage=storage,
-            tokens=tokens,
-            tokens_per_item=tokens_per_item,
-            dtype=dtype,
-            codec=codec,
-            limit=limit,
-            seed=seed,
             device="cpu",
             batch_size=batch_size or _batch_size(client, device),
             workers=workers,
             strict=strict,
             memory=memory or _memory(client),
-            autocast=autocast,
-            compile=compile,
             storage_options=storage_options,
+            **options,
         )
         report = on_event or (lambda event: None)
         done = int((Store(storage, plan.manifest).part_items >= 0).sum()) if plan.resumed else 0
@@ -298,7 +283,7 @@ def harvest_on(
             url=there,
             storage_options=dict(storage_options) if storage_options else None,
             model=model,
-            load=options,
+            load=loading,
             device=device,
             source=None if _reopens(job.source) else job.source,
             workers=workers,

@@ -154,13 +154,7 @@ def harvest(
 
 def dry_run(*, out: str | os.PathLike[str], **options: Any) -> Plan:
     """Return the plan of a harvest without writing anything; options as for `harvest`."""
-    names = ("limit", "batch_size", "workers", "memory", "storage_options")
-    defaults: dict[str, Any] = {
-        **dict.fromkeys(names),
-        **{"tokens": "cls,patch", "dtype": None, "seed": 0, "device": "auto", "strict": False},
-    }
-    options = {**defaults, **options}
-    storage = open_storage(out, options["storage_options"])
+    storage = open_storage(out, options.get("storage_options"))
     return prepare(storage=storage, **options)[1]
 
 
@@ -170,20 +164,20 @@ def prepare(
     data: Any,
     sites: str | Sequence[str],
     storage: Storage,
-    tokens: str | Sequence[str],
-    dtype: str | None,
-    limit: int | None,
-    seed: int,
-    device: str,
-    batch_size: int | None,
-    workers: int | None,
-    strict: bool,
-    memory: int | None,
-    storage_options: Mapping[str, Any] | None,
+    tokens: str | Sequence[str] = "cls,patch",
+    tokens_per_item: int | None = None,
+    dtype: str | None = None,
+    codec: str = "raw",
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    strict: bool = False,
+    memory: int | None = None,
     autocast: str | None = None,
     compile: bool = False,
-    codec: str = "raw",
-    tokens_per_item: int | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> tuple[Job, Plan]:
     """Load model and data and plan the store, without writing anything."""
     from vitmodels.spec import expand_sites
