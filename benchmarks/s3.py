@@ -78,7 +78,8 @@ def _children_cpu() -> float:
     """Return the CPU seconds of the processes this one started and that still run."""
     total = 0
     for file in Path("/proc/self/task").glob("*/children"):
-        for child in file.read_text().split():
-            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-            total += int(fields[11]) + int(fields[12])
+        with contextlib.suppress(FileNotFoundError):  # a thread that ended meanwhile
+            for child in file.read_text().split():
+                fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+                total += int(fields[11]) + int(fields[12])
     return total / os.sysconf("SC_CLK_TCK")
