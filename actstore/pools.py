@@ -244,12 +244,13 @@ class Filler:
         last = target.first + target.items * stripe.width
         place = buffer.place[target.first : last].reshape(-1, stripe.width)
         first = self._starts[stripe.site]
-        out = buffer.values[:, first : first + d]
+        out = _rows(buffer.values[:, first : first + d])
+        cells = _rows(values)[slice(target.items) if target.rows is None else target.rows]
+        if len(stripe.tokens) == t == stripe.width:  # all of them, in their order
+            out[place] = cells
+            return
         for token, slot in zip(stripe.tokens, stripe.slots, strict=True):
-            if target.rows is None:
-                out[place[:, slot]] = values[: target.items, token]
-            else:
-                out[place[:, slot]] = values[target.rows, token]
+            out[place[:, slot]] = cells[:, token]
 
     def _find_spans(self, array: ArraySpec, part: int) -> list[list[int]]:
         """Return offset and length of the stripes of a compressed shard."""
@@ -262,6 +263,11 @@ class Filler:
         store = self._selection.store
         sidecar = read_sidecar(store.storage, store.commit(part))
         return {a: sidecar.checksums(a) for a in self._manifest.arrays}
+
+
+def _rows(values: Shaped[np.ndarray, "... channel"]) -> Shaped[np.ndarray, "..."]:
+    """Return values with all channels of a token as one element: moved by one copy each."""
+    return values.view(np.dtype((np.void, values.shape[-1] * values.itemsize)))[..., 0]
 
 
 def _place_on_disk(request: Request) -> tuple[str, int]:

@@ -19,8 +19,14 @@ from obstore.store import S3Store
 from actstore.credentials import public, refuse_credentials
 from actstore.storage import Buffer
 
-PUT_CHUNK = 16 << 20
+PUT_CHUNK = 8 << 20
 """Bytes of one request of a multipart upload."""
+
+PUT_AT_ONCE = 3
+"""Requests of one upload under way at once; several objects are uploaded side by side.
+
+With obstore's 12 a server holds so many bodies at once that it spends up to two thirds more CPU
+time on a byte (SeaweedFS, two uploads side by side: 17.5 s a gigabyte against 10.5)."""
 
 TIMEOUT = "60s"
 """Longest time of one request."""
@@ -102,7 +108,7 @@ class S3Storage:
                 obstore.put(self._store, path, data, use_multipart=False)
                 return
             whole = itertools.chain(first, blocks)
-            obstore.put(self._store, path, whole, chunk_size=PUT_CHUNK)
+            obstore.put(self._store, path, whole, chunk_size=PUT_CHUNK, max_concurrency=PUT_AT_ONCE)
 
     def delete(self, path: str) -> None:
         """See `Storage.delete`."""

