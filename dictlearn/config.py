@@ -100,8 +100,10 @@ class JumpReLU:
     """
 
     _: KW_ONLY
-    threshold: float = 0.1
-    """Initial theta, in units of the pre-activation of inputs with unit variance per channel."""
+    threshold: float | None = None
+    """Initial theta, in units of the pre-activation of inputs with unit variance per channel. By
+    default 0.1 or, trained with ``TrainConfig.target_l0``, what gives about that L0 at the start
+    (`Dictionary.start_at_l0`)."""
     l0: float = 1e-3
     """Coefficient of the penalty."""
     bandwidth: float = 0.1

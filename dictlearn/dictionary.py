@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +16,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dictlearn.config import BatchTopK, DictionaryConfig, Input, Matryoshka, Sparsify, TopK
-from dictlearn.sparsify import Entries, build
+from dictlearn.config import (
+    BatchTopK,
+    DictionaryConfig,
+    Input,
+    JumpReLU,
+    Matryoshka,
+    Sparsify,
+    TopK,
+)
+from dictlearn.sparsify import START, Entries, JumpReLUSelection, build
 
 if TYPE_CHECKING:
     from typing import Self
@@ -306,6 +315,37 @@ class Dictionary(nn.Module):
                 f"expected an input [batch, {width}] (the sites {verb}: {sites}), "
                 f"got {list(x_Br.shape)}"
             )
+
+    @torch.no_grad()
+    def start_at_l0(self, l0: float, latents: int | None = None, *, shorten: bool = True) -> None:
+        """Start a JumpReLU that was not given a threshold, and not trained, at about that L0.
+
+        As for TopK, encoder rows are shortened so that the first reconstruction is not too long;
+        theta is the quantile of normal pre-activations of that length. From 0.1, about half of the
+        latents would be active, and hundreds of steps would go into raising theta.
+
+        Parameters
+        ----------
+        l0
+            Mean number of active latents wanted.
+        latents
+            Of the whole dictionary, where this is a part of one.
+        shorten
+            Shorten the encoder rows; theta fits rows of norm 1 otherwise.
+        """
+        selection, rule = self.sparsify, self.config.sparsify
+        if not isinstance(selection, JumpReLUSelection) or not isinstance(rule, JumpReLU):
+            return
+        total = latents or self.latents
+        if rule.threshold is not None or bool((selection.threshold != START).any()):
+            return
+        share = min(max(l0 / total, 1e-6), 0.5)
+        factor = 1.0
+        if shorten:
+            top = TopK(max(1, min(round(l0), total)))
+            factor = _encoder_scale(top, total, self.config.d_write)
+        self.W_enc.mul_(factor)
+        selection.threshold.fill_(factor * NormalDist().inv_cdf(1.0 - share))
 
     # ---- sites -------------------------------------------------------------------------------
     def split(self, y_Bw: Float[Tensor, "b w"]) -> dict[str, Float[Tensor, "b _"]]:

@@ -87,6 +87,9 @@ class Learner:
             self.compiled = compiled_losses(self.config.compile)
         if self.config.precision == "bfloat16":
             self.backend = "bfloat16"
+        if self.config.target_l0 and not d.config.latent_norm:
+            fresh = self.config.init_decoder == "random" and not self.config.archetypes
+            d.start_at_l0(self.config.target_l0, self.whole_config.latents, shorten=fresh)
         self.trained = {n: p for n, p in d.named_parameters() if p.requires_grad}
         if isinstance(d.sparsify, GatedSelection):
             del self.trained["b_enc"]

@@ -60,8 +60,9 @@ class TrainConfig:
     penalty_warmup: float = 0.1
     """Share of the steps in which the sparsity penalty rises linearly from 0."""
     target_l0: float | None = None
-    """Steer the penalty of ReLU, JumpReLU or Gated so that the mean L0 approaches this."""
-    l0_gain: float = 0.01
+    """Steer the penalty of ReLU, JumpReLU or Gated so that the mean L0 approaches this; JumpReLU
+    also starts there, if it was given no threshold (`Dictionary.start_at_l0`)."""
+    l0_gain: float = 0.03
     """Speed of that controller: change of the log factor a step, for an L0 off by e."""
     ema: float = 0.0
     """Momentum of an average of the weights, which is what the run ends with; 0 keeps none."""

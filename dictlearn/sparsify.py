@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from dictlearn.config import BatchTopK, Gated, JumpReLU, ReLU, Sparsify, TopK
 
+START = 0.1
+"""Initial theta of JumpReLU where nothing is known about the L0 wanted."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entries:
@@ -166,7 +169,8 @@ class JumpReLUSelection(Selection):
 
     def __init__(self, config: JumpReLU, latents: int) -> None:
         super().__init__(config)
-        self.threshold = nn.Parameter(torch.full((latents,), config.threshold))
+        first = START if config.threshold is None else config.threshold
+        self.threshold = nn.Parameter(torch.full((latents,), first))
 
     def gate(self, pre_BF: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
         """``H(pre - theta)``, differentiable in theta by the straight-through estimator."""

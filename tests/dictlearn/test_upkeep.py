@@ -162,3 +162,42 @@ def test_configurations_that_make_no_sense() -> None:
         TrainConfig(validate_every=10)
     with pytest.raises(ValueError, match=r"target_l0 must be > 0"):
         TrainConfig(target_l0=0)
+
+
+def test_jump_relu_starts_at_the_l0_asked_for_unless_told_or_trained() -> None:
+    x = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+
+    def l0_after(d: Dictionary, target: float | None = 20.0) -> float:
+        Learner(name="a", dictionary=d, config=TrainConfig(target_l0=target))
+        return float((d.encode(x) != 0).sum(1).double().mean())
+
+    fresh = Dictionary({"a": 64}, latents=512, sparsify=JumpReLU())
+    assert l0_after(fresh) == pytest.approx(20.0, rel=0.25)
+    assert l0_after(Dictionary({"a": 64}, latents=512, sparsify=JumpReLU()), None) > 200
+    told = Dictionary({"a": 64}, latents=512, sparsify=JumpReLU(threshold=0.1))
+    assert l0_after(told) > 200
+    trained = Dictionary({"a": 64}, latents=512, sparsify=JumpReLU())
+    with torch.no_grad():
+        trained.sparsify.threshold[3] = 0.2
+    before = trained.W_enc.detach().clone()
+    assert l0_after(trained) > 200
+    assert torch.equal(trained.W_enc, before)
+
+
+def test_jump_relu_keeps_its_l0_with_the_defaults() -> None:
+    generator = torch.Generator().manual_seed(0)
+    atoms = torch.nn.functional.normalize(torch.randn(128, 64, generator=generator), dim=1)
+
+    def batch() -> torch.Tensor:
+        codes = torch.rand(512, 128, generator=generator)
+        x = (codes * (torch.rand(512, 128, generator=generator) < 0.1)) @ atoms
+        return x / 0.2
+
+    d = Dictionary({"a": 64}, latents=256, sparsify=JumpReLU())
+    learner = Learner(
+        name="a", dictionary=d, config=TrainConfig(steps=300, batch_size=512, target_l0=12.0)
+    )
+    for number in range(300):
+        x = batch()
+        result = learner.train_step(x, x, number)
+    assert float(result.fired_F.sum()) / 512 == pytest.approx(12.0, rel=0.15)
