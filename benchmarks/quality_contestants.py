@@ -74,8 +74,11 @@ def sparsify(s: Setting) -> Contestant:
     return Contestant(step=step, pre=pre, decode=lambda a: a @ sae.W_dec + sae.b_dec)
 
 
-def dictionary_learning(kind: str) -> Make:
-    """dictionary_learning's trainers: TopK and BatchTopK start b_dec at the geometric median."""
+def dictionary_learning(kind: str, penalty: float = 1.0, *, bandwidth: float = 0.001) -> Make:
+    """dictionary_learning's trainers: TopK and BatchTopK start b_dec at the geometric median.
+
+    `penalty` and `bandwidth` are JumpReLU's.
+    """
 
     def make(s: Setting) -> Contestant:
         from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
@@ -94,7 +97,11 @@ def dictionary_learning(kind: str) -> Make:
         }
         if kind == "JumpReLU":
             trainer = JumpReluTrainer(
-                **common, target_l0=float(K), sparsity_warmup_steps=round(0.1 * s.steps)
+                **common,
+                target_l0=float(K),
+                sparsity_warmup_steps=round(0.1 * s.steps),
+                sparsity_penalty=penalty,
+                bandwidth=bandwidth,
             )
             trainer.ae.b_dec.data = s.mean.clone()
         else:
@@ -118,8 +125,12 @@ def dictionary_learning(kind: str) -> Make:
     return make
 
 
-def sae_lens(kind: str) -> Make:
-    """SAELens's training classes, with the steps of its trainer."""
+def sae_lens(kind: str, penalty: float | None = None, *, threshold: float = 0.01) -> Make:
+    """SAELens's training classes, with the steps of its trainer.
+
+    JumpReLU is trained with its quadratic loss around k, or with its L0 loss (its default) times
+    `penalty` where that is given; `threshold` is the initial one.
+    """
 
     def make(s: Setting) -> Contestant:
         import sae_lens as lens
@@ -128,6 +139,9 @@ def sae_lens(kind: str) -> Make:
         options = {"k": K}
         if kind == "JumpReLU":
             options = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": float(K)}
+            if penalty is not None:
+                options = {"jumprelu_sparsity_loss_mode": "step"}
+            options["jumprelu_init_threshold"] = threshold
         config = getattr(lens, f"{kind}TrainingSAEConfig")(d_in=s.width, d_sae=s.latents, **options)
         sae = getattr(lens, f"{kind}TrainingSAE")(config)
         sae.b_dec.data = s.mean.clone()
@@ -141,7 +155,9 @@ def sae_lens(kind: str) -> Make:
             given = TrainStepInput(
                 sae_in=x,
                 dead_neuron_mask=none,
-                coefficients={"l0": min((number + 1) / warm, 1.0)} if kind == "JumpReLU" else {},
+                coefficients={"l0": (penalty or 1.0) * min((number + 1) / warm, 1.0)}
+                if kind == "JumpReLU"
+                else {},
                 n_training_steps=number,
                 is_logging_step=False,
             )
