@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dictlearn.config import DictionaryConfig
 from dictlearn.dictionary import Dictionary
+from dictlearn.schedule import TrainConfig
 
 NAME = "run.json"
 
@@ -38,7 +40,15 @@ def default_names(dictionaries: Sequence[Dictionary]) -> list[str]:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """Return the description of the run in a folder, or None."""
+    """Return the description of the run in a folder, or None.
+
+    Raises
+    ------
+    FileExistsError
+        A file is there instead of a folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; a run needs a folder, which may be new")
     path = folder / NAME
     if not path.is_file():
         return None
@@ -47,44 +57,126 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def write(folder: Path, run: Mapping[str, Any]) -> None:
-    """Write the description of a run, all at once."""
+    """Write the description of a run, all at once; dictionaries stay in the order of the run."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{NAME}.tmp"
-    temporary.write_text(json.dumps(run, indent=1, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps({**run, "names": list(run["dictionaries"])}, indent=1) + "\n")
     temporary.replace(folder / NAME)
+
+
+def described_in(file: Path) -> tuple[dict[str, DictionaryConfig], list[TrainConfig]]:
+    """Return the dictionaries that a ``run.json`` describes, by name, and how each is trained.
+
+    Raises
+    ------
+    ValueError
+        It is not the description of a run.
+    """
+    try:
+        run = json.loads(file.read_text())
+        configs = [TrainConfig.from_json(c) for c in run["train"]]
+        described = {n: DictionaryConfig.from_json(d) for n, d in run["dictionaries"].items()}
+        named = "names" in run
+        if len(configs) != len(described):
+            raise ValueError(f"{len(described)} dictionaries, {len(configs)} configurations")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"no entry {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{file} does not describe a run ({what}); give the {NAME} that `dictlearn train` or "
+            "`dictlearn sweep` wrote into its --out"
+        ) from error
+    if not named and len({json.dumps(c.to_json()) for c in configs}) > 1:
+        raise ValueError(
+            f"{file} is of an earlier version, which did not keep the order of its dictionaries, "
+            "and these are trained in different ways; begin the run anew from its command"
+        )
+    return described, configs
 
 
 def check_same(there: Mapping[str, Any], asked: Mapping[str, Any], folder: Path) -> None:
     """Refuse to go on with a run that was asked to do something else.
+
+    A field that the run's version did not know has its default there.
 
     Raises
     ------
     ValueError
         The message names every field that differs.
     """
-    found, wanted = _flat(_json(there)), _flat(_json(asked))
-    known = {k: v for k, v in found.items() if k.split(".")[0] in asked}
-    differing = [
-        f"{key}: {known.get(key, 'nothing')} -> {wanted.get(key, 'nothing')}"
-        for key in sorted(known.keys() | wanted.keys())
-        if known.get(key) != wanted.get(key)
-    ]
+    names = list(asked["dictionaries"])
+    known = {k: v for k, v in _filled(there).items() if k in asked}
+    found, wanted = _fields(known, names), _fields(_json(asked), names)
+    differing: dict[str, list[str]] = {}
+    for key in sorted(found.keys() | wanted.keys()):
+        name, field = key
+        before, after = found.get(key, "nothing"), wanted.get(key, "nothing")
+        if before != after:
+            differing.setdefault(f"{field}: {before} -> {after}", []).append(name)
     if not differing:
         return
+    lines = [
+        f"{change} ({_those(of, names)})" if of[0] else change for change, of in differing.items()
+    ]
+    described = [line for line in lines if not line.startswith("initial weights")]
+    lines = described or lines  # weights differ because what they belong to does
+    if len(lines) > _SHOWN:
+        lines = [*lines[:_SHOWN], f"and {len(lines) - _SHOWN} more"]
     hint = (
         "The activations changed since this run began (another store fingerprint). "
-        if any(d.startswith("store:") for d in differing)
+        if any(line.startswith("store:") for line in lines)
         else ""
     )
     raise ValueError(
         f"{folder} holds another run; these differ (there -> asked):\n  "
-        + "\n  ".join(differing[:12])
+        + "\n  ".join(lines)
         + f"\n{hint}Choose another out, or ask for what is there"
     )
 
 
+_SHOWN = 12
+"""Differences named in a message."""
+
+
+def _those(some: Sequence[str], every: Sequence[str]) -> str:
+    if len(some) == len(every) > 1:
+        return f"all {len(every)} dictionaries"
+    more = f" and {len(some) - 3} more" if len(some) > 3 else ""
+    return ", ".join(some[:3]) + more
+
+
+def _filled(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a description as this version would have written it."""
+    out = _json(run)
+    out["dictionaries"] = {n: _as_now(DictionaryConfig, d) for n, d in run["dictionaries"].items()}
+    out["train"] = [_as_now(TrainConfig, c) for c in run["train"]]
+    return out
+
+
+def _as_now(kind: type[DictionaryConfig | TrainConfig], described: Any) -> Any:
+    try:
+        return _json(kind.from_json(described).to_json())
+    except (ValueError, KeyError, TypeError):  # a field that is gone: the comparison names it
+        return described
+
+
 def _json(value: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = json.loads(json.dumps(value))
+    return out
+
+
+def _fields(run: Mapping[str, Any], names: Sequence[str]) -> dict[tuple[str, str], Any]:
+    """Every value of a description by dictionary ("" for the run) and field."""
+    out: dict[tuple[str, str], Any] = {}
+    for section, value in run.items():
+        if section == "dictionaries":
+            of, label = value, ""
+        elif isinstance(value, list) and len(value) == len(names):
+            of = dict(zip(names, value, strict=True))
+            label = "initial weights" if section == "initial" else section
+        else:
+            of, label = {"": value}, section
+        for name, inner in of.items():
+            out |= {(name, field): v for field, v in _flat(inner, label).items()}
     return out
 
 
