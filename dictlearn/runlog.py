@@ -29,6 +29,9 @@ TRACKERS = ("wandb", "trackio")
 class RunLog:
     """Rows ``{"step", "name", metrics...}`` appended to ``log.jsonl`` and to ``tensorboard/``.
 
+    A row with an empty name is of the whole run: `tokens_per_second`, and `data_wait`, the share of
+    the time spent waiting for the store.
+
     When a run resumes at step s, rows of later steps, which are going to be written again, are cut
     off, as is a torn last line.
 

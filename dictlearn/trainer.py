@@ -287,10 +287,11 @@ class _Run:
                 self._measure(results, batch.acts)
                 now = time.perf_counter()
                 elapsed = max(now - since, 1e-9)
+                speed, wait = tokens / elapsed, waited / elapsed
                 if runlog is not None:
                     for name, metrics in self.metrics.items():
                         runlog.row(done, name, metrics)
-                speed, wait = tokens / elapsed, waited / elapsed
+                    runlog.row(done, "", {"tokens_per_second": speed, "data_wait": wait})
                 self._event("log", done, tokens_per_second=speed, data_wait=wait)
                 waited, since, tokens = 0.0, now, 0
             if all(learner.failed for learner in self.learners):

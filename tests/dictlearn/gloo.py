@@ -55,4 +55,5 @@ def same_weights(a: Path, b: Path, count: int) -> tuple[Rows, Rows]:
         one, other = load(a / name).state_dict(), load(b / name).state_dict()
         for key, value in one.items():
             torch.testing.assert_close(other[key], value, atol=2e-4, rtol=2e-3, msg=f"{name} {key}")
-    return read_log(a / "log.jsonl"), read_log(b / "log.jsonl")
+    one, other = ([r for r in read_log(p / "log.jsonl") if r["name"]] for p in (a, b))
+    return one, other

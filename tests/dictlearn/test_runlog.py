@@ -54,7 +54,7 @@ def test_a_tracker_gets_what_the_log_has(
     rows = read_log(tmp_path / "run" / "log.jsonl")
     expected = {
         step: {
-            f"{k}/{row['name']}": v
+            (f"{k}/{row['name']}" if row["name"] else k): v
             for row in rows
             if row["step"] == step
             for k, v in row.items()
