@@ -137,14 +137,17 @@ def align(**stores: "Store") -> Aligned:
     return Aligned(stores)
 
 
-def open_aligned(text: str) -> "Store | Aligned":
-    """Open a store, or ``clip=URL,dino=URL`` as stores of the same items."""
+def open_aligned(text: str, **options: Any) -> "Store | Aligned":
+    """Open a store, or ``clip=URL,dino=URL`` as stores of the same items.
+
+    `options` are those of `actstore.open`.
+    """
     from actstore.store import open_store
 
     pieces = [piece.partition("=") for piece in text.split(",")]
     if len(pieces) < 2 or not all(name.isidentifier() and url for name, _, url in pieces):
-        return open_store(text)
-    return Aligned({name: open_store(url) for name, _, url in pieces})
+        return open_store(text, **options)
+    return Aligned({name: open_store(url, **options) for name, _, url in pieces})
 
 
 def _check_same_items(first: "Store", other: "Store") -> None:

@@ -9,22 +9,11 @@ from typing import Any
 
 import tyro
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where a store on S3 lies; credentials come from the environment (AWS_*)."""
-
-    endpoint_url: str | None = None
-    """Address of an S3 server that is not Amazon's."""
-
-    @property
-    def storage_options(self) -> dict[str, Any] | None:
-        """Options for the storage."""
-        return {"endpoint_url": self.endpoint_url} if self.endpoint_url else None
+from actstore.place import Place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Harvest(_Place):
+class Harvest(Place):
     """Run a model over a data set and keep its activations."""
 
     model: str
@@ -77,7 +66,7 @@ class Harvest(_Place):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Info(_Place):
+class Info(Place):
     """Show what is in a store and how complete it is."""
 
     url: tyro.conf.Positional[str]
@@ -85,7 +74,7 @@ class Info(_Place):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Again(_Place):
+class _Again(Place):
     """How to load the model of a store again."""
 
     weights: str | None = None
@@ -129,7 +118,7 @@ class Repair(_Again):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Convert(_Place):
+class Convert(Place):
     """Copy a store: elsewhere, fewer sites or tokens, another dtype, other parts."""
 
     url: tyro.conf.Positional[str]
@@ -151,7 +140,7 @@ class Convert(_Place):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gc(_Place):
+class Gc(Place):
     """Remove what killed harvests left behind; run it when no harvest runs."""
 
     url: tyro.conf.Positional[str]
@@ -161,7 +150,7 @@ class Gc(_Place):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stats(_Place):
+class Stats(Place):
     """Summarise the values of a store: norms, outlier channels and tokens, by site and kind."""
 
     url: tyro.conf.Positional[str]

@@ -284,14 +284,39 @@ def load_model(model: Any, device: str, **options: Any) -> Any:
 
 
 def choose_device(device: str) -> str:
-    """Return the device ``auto`` stands for."""
-    if device != "auto":
-        return device
+    """Return the device ``auto`` stands for.
+
+    Raises
+    ------
+    ValueError
+        There is no such device, or not on this machine.
+    """
     import torch
 
+    if device != "auto":
+        _check_device(device)
+        return device
     if torch.cuda.is_available():
         return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"no device is called {device!r}; there are auto, cpu, cuda, cuda:1, mps"
+        ) from None
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    count = there.get(found.type)
+    if count is not None and (found.index or 0) >= count:
+        raise ValueError(
+            f"device {device!r} is not on this machine, which has {count} of that kind; "
+            "auto takes the best there is, cpu is always there"
+        )
 
 
 def free_disk(storage: Storage) -> int | None:

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from actstore.place import CachedPlace
 from dictlearn.eval_command import Eval, eval_with_progress
 from dictlearn.schedule import TrainConfig
 from dictlearn.sweepcli import Sweep, sweep_with_progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(CachedPlace):
     """Train dictionaries off a store, all from one read of it; the same command resumes."""
 
     store: tyro.conf.Positional[str]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +17,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dictlearn.config import DictionaryConfig, Matryoshka, Sparsify, sparsify_from_json
+from dictlearn.config import Matryoshka, Sparsify, sparsify_from_json
 from dictlearn.dictionary import Dictionary
-from dictlearn.runfile import default_names
+from dictlearn.runfile import default_names, described_in
 from dictlearn.schedule import TrainConfig
 from dictlearn.trainer import TrainEvent, train
 
@@ -79,7 +78,7 @@ def train_with_progress(config: Train) -> int:
     device = device_of(config.device)
     start_from_environment(device)
     console = Console(quiet=bool(Ranks.current().rank))
-    store = open_aligned(config.store)
+    store = open_aligned(config.store, **config.opening)
     dictionaries, configs, names = plan(config, store)
     for name, d in zip(names, dictionaries, strict=True):
         console.print(f"{name}: {d.config.d_read} -> {d.latents} latents, {d.config.sparsify}")
@@ -96,7 +95,8 @@ def train_with_progress(config: Train) -> int:
             on_event=shown_by(progress, bar),
             log_to=config.log_to,
         )
-    table = Table("dictionary", "L0", "FVU", "dead", "where")
+    table = Table("dictionary", "L0", "FVU", "dead")
+    table.add_column("where", overflow="fold")
     for one in done:
         m = one.metrics
         numbers = [f"{m['l0']:.1f}", f"{m['fvu']:.4f}", f"{m['dead']:.1%}"] if m else ["", "", ""]
@@ -160,9 +160,7 @@ def _from_run(path: Path) -> tuple[list[Dictionary], list[TrainConfig], list[str
     file = path / "run.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"--config {path}: no such file; a run's folder holds run.json")
-    run = json.loads(file.read_text())
-    configs = [TrainConfig.from_json(c) for c in run["train"]]
-    described = {n: DictionaryConfig.from_json(d) for n, d in run["dictionaries"].items()}
+    described, configs = described_in(file)
     dictionaries = [
         Dictionary.from_config(d, seed=c.seed)
         for d, c in zip(described.values(), configs, strict=True)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from actstore.place import CachedPlace
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,7 +25,7 @@ HeadKind = Literal["model", "zero-shot", "probe"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval:
+class Eval(CachedPlace):
     """Evaluate dictionaries on a store; several give a table to compare."""
 
     dictionaries: tyro.conf.Positional[tuple[Path, ...]]
@@ -96,7 +98,7 @@ def _evaluate(config: Eval, url: str, folders: Sequence[Path], console: Console)
     from dictlearn.evaluation import evaluate
     from dictlearn.formats import load
 
-    store = actstore.open(url)
+    store = actstore.open(url, **config.opening)
     heads = _Heads(config, store)
     reports = []
     with progress_bars(console) as progress:
@@ -208,7 +210,9 @@ def _folders(paths: Sequence[Path]) -> list[Path]:
         else:
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")])
             hint = f"; nearest in {path.parent}: {', '.join(near)}" if near else ""
-            raise FileNotFoundError(f"no dictionary at {path}{hint}")
+            raise FileNotFoundError(
+                f"no dictionary at {path}{hint}. `dictlearn train STORE --out {path}` makes some"
+            )
     return found
 
 

@@ -62,7 +62,10 @@ def read_grid(path: str | Path) -> tuple[list[Table], dict[str, Any]]:
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*")])
         hint = f"; nearest in {file.parent}: {', '.join(near)}" if near else ""
-        raise FileNotFoundError(f"no grid file {file}{hint}")
+        raise FileNotFoundError(
+            f"no grid file {file}{hint}. `dictlearn sweep --help` says what can be given without "
+            "one, `dictlearn.gridfile` what is in one"
+        )
     try:
         text = file.read_text()
         data = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)

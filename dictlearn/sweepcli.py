@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from actstore.place import CachedPlace
 from dictlearn.schedule import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sweep:
+class Sweep(CachedPlace):
     """Train every combination of the options from one pass over a store and compare them.
 
     Writes results.parquet, results.md and pareto.png (FVU against L0) into --out. A dictionary
@@ -130,7 +131,7 @@ def sweep_with_progress(config: Sweep) -> int:
     from dictlearn.gridfile import candidates
     from dictlearn.sweep import markdown, sweep
 
-    store = open_aligned(config.store)
+    store = open_aligned(config.store, **config.opening)
     tables, training = tables_of(config)
     chosen = candidates(tables, store)
     device = device_of(config.device)

@@ -271,7 +271,8 @@ def expand_sites(patterns: str | Sequence[str], available: Iterable[str]) -> lis
 def _no_site(pattern: str, name: str, names: Sequence[str]) -> str:
     as_ = "" if name == pattern else f" (as {name!r})"
     near = nearest(name, names)
-    hint = f"nearest: {', '.join(near)}" if near else f"it has {len(names)} sites"
+    few = f"; of its {len(names)} sites the first are {', '.join(names[:4])}" if names else ""
+    hint = f"nearest: {', '.join(near)}" if near else f"nothing is spelt like it{few}"
     return (
         f"no site matches {pattern!r}{as_}; {hint}. "
         "List them all with model.sites(), or store.sites for a store"

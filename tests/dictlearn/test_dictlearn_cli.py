@@ -1,7 +1,9 @@
 """The command line: train, resume, rerun from a file, eval, sparsity, and its errors."""
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +70,45 @@ def test_transcoder_and_prefixes(store: Store, tmp_path: Path) -> None:
     assert d.config.matryoshka.prefixes == (4, 9)
 
 
+def test_commands_that_read_a_store_open_it_with_a_cache(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is taken for a remote one: its shards end in the cache."""
+    from actstore.storage import LocalStorage
+
+    class Far:
+        """A storage that is no folder."""
+
+        def __init__(self, url: str) -> None:
+            self._near = LocalStorage(url)
+            self.url = f"far://{url}"
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return getattr(self._near, name)
+
+    asked: list[Any] = []
+
+    def far(url: str, options: Any = None) -> Any:
+        asked.append(options)
+        return Far(url)
+
+    monkeypatch.setattr("actstore.store.open_storage", far)
+    cache, out = tmp_path / "cache", str(tmp_path / "run")
+    place = ["--cache-dir", str(cache), "--cache-bytes", "1000000"]
+    place += ["--endpoint-url", "http://here", "--device", "cpu"]
+    short = ["--steps", "4", "--batch-size", "64", "--sites", "blocks.0.*", "--k", "2", *place]
+    assert main(["train", store.url, "--out", out, *short]) == 0
+    assert main(["sweep", store.url, "--out", out + "-sweep", *short]) == 0
+    assert main(["eval", out, "--store", store.url, *place]) == 0
+    assert asked == [{"endpoint_url": "http://here"}] * 3
+    deadline = time.monotonic() + 20
+    while not list(cache.rglob("blocks.0.resid_post.patch.*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -77,6 +118,16 @@ def test_transcoder_and_prefixes(store: Store, tmp_path: Path) -> None:
         (["train", "{store}", "--out", "{out}", "--config", "{out}/x.json"], "no such file"),
         (["eval", "{out}/nothing", "--store", "{store}"], "no dictionary at"),
         (["train", "{store}", "--out", "{out}", "--steps", "0"], "TrainConfig.steps"),
+        (["train", "{store}", "--out", "{out}", "--sites", "x"], "the first are blocks.0.resid_po"),
+        (["train", "{store}", "--out", "{out}", "--kind", "TopKK"], "Expected one of ('TopK',"),
+        (["train", "{store}", "--out", "{out}", "--config", "{file}"], "does not describe a run"),
+        (["train", "{store}", "--out", "{file}"], "is a file; a run needs a folder"),
+        (["train", "{store}", "--out", "{out}", "--device", "gpu"], "there are auto, cpu, cuda"),
+        (["train", "{store}", "--out", "{out}", "--device", "cuda:99"], "is not on this machine"),
+        (["train", "{store}", "--out", "{out}", "--cache-bytes", "9"], "cache_dir does not say"),
+        (["eval", "{out}/nothing", "--store", "{store}"], "`dictlearn train STORE --out"),
+        (["eval", "{file}", "--store", "{store}"], "is of no format known"),
+        (["sparsity", "{out}", "--store", "{store}", "--out", "{out}"], "is of no format known"),
     ],
 )
 def test_errors_are_one_message(
@@ -86,7 +137,8 @@ def test_errors_are_one_message(
     arguments: list[str],
     message: str,
 ) -> None:
-    words = [a.format(store=store.url, out=tmp_path) for a in arguments]
+    (tmp_path / "file").write_text("[1]")
+    words = [a.format(store=store.url, out=tmp_path, file=tmp_path / "file") for a in arguments]
     try:
         code = main(words)
     except SystemExit as stop:  # tyro checks the values of its fields itself
