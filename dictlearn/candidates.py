@@ -20,6 +20,7 @@ import importlib
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,23 @@ def largest(
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(share, itertools.pairwise(edges)))
     return latent_Ck, pre_Ck, count_C
+
+
+@functools.cache
+def multiplies_bfloat16(cpuinfo: str = "/proc/cpuinfo") -> bool:
+    """Whether this CPU says that it multiplies bfloat16; True where it says nothing at all.
+
+    Where it does not, the product of candidates is emulated and the whole step takes about five
+    times as long as with ``picker="exact"`` (measured on a CPU with AVX2 only).
+    """
+    try:
+        text = Path(cpuinfo).read_text()
+    except OSError:
+        return True
+    flags = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
+    if not flags:
+        return True
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[0].split())
 
 
 @functools.cache

@@ -5,6 +5,7 @@ Shapes: B tokens, F latents, r = width read, w = width written.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dictlearn.archetypes import Hull
-from dictlearn.candidates import compiled
+from dictlearn.candidates import compiled, multiplies_bfloat16
 from dictlearn.config import BatchTopK
 from dictlearn.densestep import check_compiled, compiled_losses
 from dictlearn.dictionary import Dictionary
@@ -28,6 +29,8 @@ from dictlearn.schedule import TrainConfig
 from dictlearn.sharding import Shards
 from dictlearn.sparsify import GatedSelection
 from dictlearn.upkeep import L0Controller, WeightAverage, resample
+
+log = logging.getLogger(__name__)
 
 _TINY = 1e-12
 
@@ -81,6 +84,12 @@ class Learner:
             )
         if self.config.picker == "candidates" and takes_candidates(d.config.sparsify):
             compiled()  # says now what is not installed
+            if d.device.type == "cpu" and not multiplies_bfloat16():
+                log.warning(
+                    "%s: this CPU has no instructions for bfloat16, so picker='candidates' is "
+                    "several times slower than picker='exact'; start the run with the latter",
+                    self.name,
+                )
         self.compiled = None
         if self.config.compile != "none":
             check_compiled(d.config, self.name)

@@ -8,10 +8,17 @@ import pytest
 import torch
 
 from actstore.store import Store
-from dictlearn.candidates import compiled, largest, scores, select_rows
+from dictlearn.candidates import (
+    compiled,
+    largest,
+    multiplies_bfloat16,
+    scores,
+    select_rows,
+)
 from dictlearn.config import BatchTopK, TopK
 from dictlearn.dictionary import Dictionary
 from dictlearn.kernels import Step, dense_step, sparse_step
+from dictlearn.learner import Learner
 from dictlearn.losses import AuxK
 from dictlearn.picks import pick
 from dictlearn.schedule import TrainConfig
@@ -117,3 +124,31 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
         train(store, d, TrainConfig(steps=2, batch_size=64, picker="candidates"))
     with pytest.raises(ValueError, match="picker='fast' is not exact or candidates"):
         TrainConfig(picker="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "native"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx2 f16c\n", False),
+        ("processor : 0\nflags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+        ("Features\t: fp asimd\n", False),
+        ("processor : 0\n", True),
+    ],
+)
+def test_a_cpu_without_bfloat16_is_told_by_its_flags(
+    tmp_path: Path, text: str, native: bool
+) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert multiplies_bfloat16(str(tmp_path / "cpuinfo")) is native
+    assert multiplies_bfloat16(str(tmp_path / "nothing"))
+
+
+def test_candidates_on_a_cpu_without_bfloat16_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dictlearn.learner.multiplies_bfloat16", lambda: False)
+    dictionary = Dictionary(SITE, latents=32, sparsify=TopK(4))
+    Learner(name="one", dictionary=dictionary, config=TrainConfig(picker="candidates"))
+    assert "no instructions for bfloat16" in caplog.text
+    assert "picker='exact'" in caplog.text
