@@ -45,6 +45,8 @@ class Harvest(Place):
     """Threads that decode; the number of cores by default, at most 16."""
     strict: bool = False
     """Stop at the first item that cannot be decoded instead of skipping it."""
+    skip_unreachable: bool = False
+    """Skip items whose storage fails too, instead of stopping."""
     memory: int | None = None
     """Bytes for part buffers; two fifths of what is available by default, at most 8e9."""
     autocast: str | None = None
@@ -115,6 +117,8 @@ class Repair(_Again):
     """The data set, if it moved since the harvest."""
     workers: int | None = None
     """Threads that decode."""
+    skip_unreachable: bool = False
+    """Skip items whose storage fails, as the harvest did."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

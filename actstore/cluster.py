@@ -58,6 +58,8 @@ class _Ticket:
     """Threads that decode."""
     strict: bool
     """Whether an undecodable item stops the harvest."""
+    skip_unreachable: bool
+    """Whether an item whose storage fails is skipped."""
     id: str
     """Of this run."""
 
@@ -125,6 +127,7 @@ def _job(ticket: _Ticket) -> Job:
             read_ahead=READ_AHEAD,
             buffers=1,
             strict=ticket.strict,
+            skip_unreachable=ticket.skip_unreachable,
         )
         return _jobs[ticket.id]
 
@@ -288,6 +291,7 @@ def harvest_on(
             source=None if _reopens(job.source) else job.source,
             workers=workers,
             strict=strict,
+            skip_unreachable=job.skip_unreachable,
             id=uuid.uuid4().hex,
         )
         for events in _completed(client, ticket, store.missing_parts):

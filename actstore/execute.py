@@ -26,7 +26,7 @@ from actstore.manifest import Manifest
 from actstore.order import keyed_permutation
 from actstore.pipeline import PartPipeline
 from actstore.plan import Plan
-from actstore.sources.base import Source, Undecodable
+from actstore.sources.base import Source, Undecodable, Unreachable
 from actstore.staging import Stager
 from actstore.storage import Storage
 from actstore.subsample import deal_part
@@ -77,6 +77,8 @@ class Job:
     """Part buffers: one is written while another is filled."""
     strict: bool = False
     """Whether an undecodable item stops the harvest."""
+    skip_unreachable: bool = False
+    """Whether an item whose storage fails is skipped too, instead of stopping the harvest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,9 +119,18 @@ def rank_and_world(environment: Mapping[str, str] = os.environ) -> tuple[int, in
 
 
 def decode(job: Job, index: int) -> _Decoded:
-    """Return one item as model input, or why not."""
-    row = {"source": index, **job.source.row(index)}
+    """Return one item as model input, or why not.
+
+    Raises
+    ------
+    ValueError
+        With `strict`, when it cannot be decoded.
+    Unreachable
+        When its storage fails: an outage must not become a store with items missing.
+    """
+    row: dict[str, Any] = {"source": index}
     try:
+        row |= job.source.row(index)
         image = job.source.image(index)
         if not isinstance(image, Tensor) and not isinstance(image, np.ndarray):
             image = job.model.transform(image)
@@ -127,6 +138,15 @@ def decode(job: Job, index: int) -> _Decoded:
         expected = tuple(job.model.spec.input_shape)
         if value.ndim != len(expected) or value.shape[0] != expected[0]:
             raise Undecodable(f"gives an input of shape {list(value.shape)}, not {list(expected)}")
+    except Unreachable as error:
+        if not job.skip_unreachable or job.strict:
+            raise Unreachable(
+                f"the storage of the data failed at item {index}{_named(row)}: {error}; what was "
+                "committed stays: run the same command again when it answers, or with "
+                "--skip-unreachable, which leaves such items out"
+            ) from error
+        key = row.get("key", f"item-{index}")
+        return _Decoded(row={"label": None, **row, "key": key, "status": str(error)}, input=None)
     except Undecodable as error:
         if job.strict:
             raise ValueError(
@@ -134,6 +154,10 @@ def decode(job: Job, index: int) -> _Decoded:
             ) from error
         return _Decoded(row={**row, "status": str(error)}, input=None)
     return _Decoded(row={**row, "status": OK}, input=value)
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    return f" ({row['key']})" if row.get("key") else ""
 
 
 def _batches(job: Job, parts: Sequence[int]) -> Iterator[tuple[int, np.ndarray, bool]]:

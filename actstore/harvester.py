@@ -53,6 +53,7 @@ def harvest(
     batch_size: int | None = None,
     workers: int | None = None,
     strict: bool = False,
+    skip_unreachable: bool = False,
     memory: int | None = None,
     autocast: str | None = None,
     compile: bool = False,
@@ -94,6 +95,9 @@ def harvest(
         Threads that decode; as many as cores by default, at most 16.
     strict
         Stop at the first item that cannot be decoded instead of skipping it.
+    skip_unreachable
+        Skip items whose storage fails too, as many do in old lists of URLs; by default that stops
+        the harvest, for an outage looks the same.
     memory
         Bytes allowed for part buffers; by default two fifths of what is available, at most 8 GB.
     autocast
@@ -127,6 +131,7 @@ def harvest(
         batch_size=batch_size,
         workers=workers,
         strict=strict,
+        skip_unreachable=skip_unreachable,
         memory=memory,
         autocast=autocast,
         compile=compile,
@@ -174,6 +179,7 @@ def prepare(
     batch_size: int | None = None,
     workers: int | None = None,
     strict: bool = False,
+    skip_unreachable: bool = False,
     memory: int | None = None,
     autocast: str | None = None,
     compile: bool = False,
@@ -249,6 +255,7 @@ def prepare(
         read_ahead=READ_AHEAD,
         buffers=buffers,
         strict=strict,
+        skip_unreachable=skip_unreachable,
     )
     return job, plan
 

@@ -31,6 +31,7 @@ def repair(
     parts: Iterable[int],
     *,
     workers: int | None = None,
+    skip_unreachable: bool = False,
     on_event: "Callable[[Event], None] | None" = None,
 ) -> Store:
     """Harvest the given parts again; their bytes become those of the first run.
@@ -64,6 +65,7 @@ def repair(
         model=model,
         batch_size=int(manifest.compute["batch_size"]),
         workers=workers or min(16, os.cpu_count() or 1),
+        skip_unreachable=skip_unreachable,
     )
     for part in todo:
         unseal(store.storage, part)

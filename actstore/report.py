@@ -33,6 +33,7 @@ _PASSED_ON = (
     "batch_size",
     "workers",
     "strict",
+    "skip_unreachable",
     "memory",
     "autocast",
     "compile",

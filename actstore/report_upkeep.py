@@ -35,7 +35,15 @@ def repair_with_progress(config: "Repair") -> int:
     with progress_bars(console) as progress:
         view = HarvestView(console, progress)
         view.expect(sum(store.manifest.planned(part) for part in parts), len(parts))
-        repair(store, model, source, parts, workers=config.workers, on_event=view)
+        repair(
+            store,
+            model,
+            source,
+            parts,
+            workers=config.workers,
+            skip_unreachable=config.skip_unreachable,
+            on_event=view,
+        )
     console.print(f"harvested {len(parts)} parts again", markup=False)
     return 0
 

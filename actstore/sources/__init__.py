@@ -5,9 +5,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from actstore.sources.base import Source, Undecodable
+from actstore.sources.base import Source, Undecodable, Unreachable
 
-__all__ = ["Source", "Undecodable", "open_source", "reopen_source"]
+__all__ = ["Source", "Undecodable", "Unreachable", "open_source", "reopen_source"]
 
 
 def open_source(data: Any, storage_options: Mapping[str, Any] | None = None) -> Source:

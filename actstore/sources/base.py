@@ -17,6 +17,10 @@ class Undecodable(ValueError):
     """An item exists in the data set and cannot be turned into an image; says why."""
 
 
+class Unreachable(OSError):
+    """The storage of an item fails or refuses, which says nothing about the item."""
+
+
 class Source(Protocol):
     """A data set with random access; `row` and `image` are called from several threads."""
 
@@ -36,6 +40,8 @@ class Source(Protocol):
         ------
         Undecodable
             When the item is missing or damaged.
+        Unreachable
+            When the storage it lies on fails; `row` may raise it too.
         """
 
     def describe(self) -> dict[str, Any]:

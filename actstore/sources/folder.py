@@ -6,7 +6,8 @@ from typing import Any
 import fsspec
 from PIL import Image
 
-from actstore.sources.base import Undecodable, decode_image, digest
+from actstore.sources.base import decode_image, digest
+from actstore.sources.fetch import fetch
 from actstore.sources.places import absolute, reached
 
 EXTENSIONS = frozenset(
@@ -56,13 +57,7 @@ class Folder:
 
     def image(self, index: int) -> Image.Image:
         """Return the decoded image of a file."""
-        try:
-            data = self._fs.cat_file(f"{self._root}/{self._names[index]}")
-        except FileNotFoundError:
-            raise Undecodable("file is missing") from None
-        except OSError as error:
-            raise Undecodable(f"cannot be read: {error.strerror or error}") from error
-        return decode_image(data)
+        return decode_image(fetch(self._fs, f"{self._root}/{self._names[index]}"))
 
     def describe(self) -> dict[str, Any]:
         """Return the words for the manifest; the fingerprint covers names and sizes."""

@@ -14,6 +14,7 @@ from PIL import Image
 
 from actstore.index import SCHEMA
 from actstore.sources.base import Undecodable, decode_image, digest
+from actstore.sources.fetch import Watched
 from actstore.sources.places import absolute, reached
 
 CACHE_BYTES = 256 << 20
@@ -39,6 +40,7 @@ class Parquet:
             self._fs, path = fsspec.core.url_to_fs(self._url, **(storage_options or {}))
             self._paths = self._expand(path)
         self._files: list[pq.ParquetFile] = []
+        self._watched: list[Watched] = []
         self._locks: list[threading.Lock] = []
         starts, groups, entries = [0], [], []
         for number, name in enumerate(self._paths):
@@ -93,8 +95,9 @@ class Parquet:
         return found
 
     def _open(self, name: str) -> pq.ParquetFile:
+        self._watched.append(Watched(self._fs, name))
         try:
-            return pq.ParquetFile(self._fs.open(name, "rb"), pre_buffer=True)
+            return pq.ParquetFile(self._watched[-1], pre_buffer=True)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{name} is not a parquet file: {error}") from error
 
@@ -152,6 +155,7 @@ class Parquet:
             try:
                 table = self._files[file].read_row_group(group, columns=columns, use_threads=False)
             except (OSError, pa.ArrowException) as error:
+                self._watched[file].check()
                 raise Undecodable(f"row group {group} cannot be read: {error}") from error
         with self._lock:
             self._cache[number] = table

@@ -4,9 +4,9 @@ import hashlib
 import threading
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from actstore.sources.base import Undecodable
+from actstore.sources.base import Undecodable, Unreachable
 
 
 class MapStyle:
@@ -52,6 +52,8 @@ class MapStyle:
         try:
             item = self._item(index)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            if _of_medium(error):
+                raise Unreachable(f"item {index} cannot be read: {type(error).__name__}") from error
             raise Undecodable(f"cannot be read: {error}") from error
         image = item.pop("image", None)
         if image is None:
@@ -91,3 +93,15 @@ class MapStyle:
             "items": len(self),
             "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
         }
+
+
+def _of_medium(error: Exception) -> bool:
+    """Whether storage or network failed, and not an image or one file that is absent.
+
+    PIL says that an image is damaged by a plain OSError without a number.
+    """
+    if not isinstance(error, OSError) or isinstance(
+        error, FileNotFoundError | UnidentifiedImageError
+    ):
+        return False
+    return error.errno is not None or type(error) is not OSError

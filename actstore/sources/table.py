@@ -1,10 +1,7 @@
 """A table of images: CSV or parquet with a column of paths or URLs, labels and anything else."""
 
-import contextlib
-import io
 import os
 import posixpath
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +16,7 @@ from PIL import Image
 from actstore.credentials import public
 from actstore.index import SCHEMA
 from actstore.sources.base import Undecodable, decode_image, digest
+from actstore.sources.fetch import fetch
 from actstore.sources.places import absolute, find_files
 
 NAMES = ("path", "url", "file_name")
@@ -34,9 +32,6 @@ MAX_TABLE = 4 << 30
 
 MAX_IMAGE = 256 << 20
 """Bytes of an encoded image."""
-
-ATTEMPTS = 3
-"""Tries to fetch an image from elsewhere."""
 
 
 def names_files(url: str, storage_options: Mapping[str, Any] | None = None) -> bool:
@@ -161,7 +156,10 @@ class Table:
         if not self._local and (scheme in ("file", "local") or where.startswith(("/", "~"))):
             raise Undecodable("a table from elsewhere may not name files of this machine")
         if scheme:
-            found: tuple[Any, str] = fsspec.core.url_to_fs(where, **self._options_of(scheme))
+            try:
+                found: tuple[Any, str] = fsspec.core.url_to_fs(where, **self._options_of(scheme))
+            except ValueError:
+                raise Undecodable("the row holds no valid URL") from None
             return found
         if self._local:
             return self._files, os.path.join(self._root, where)
@@ -171,20 +169,8 @@ class Table:
         return self._files, f"{self._root}/{inside}"
 
     def _fetch(self, fs: Any, path: str) -> bytes:
-        """Return the bytes of an image; storage elsewhere is asked again when it fails."""
-        tries = 1 if fs is self._files and self._local else ATTEMPTS
-        for left in reversed(range(tries)):
-            try:
-                with contextlib.closing(_bounded(fs, path)) as file:
-                    data: bytes = file.read()
-            except FileNotFoundError:
-                raise Undecodable("file is missing") from None
-            except Exception as error:  # every file system of fsspec has errors of its own
-                if not left:
-                    raise Undecodable(f"cannot be fetched: {_reason(error)}") from error
-                time.sleep(0.3 * (tries - left))
-            else:
-                break
+        """Return the bytes of an image, if they are not too many."""
+        data = fetch(fs, path, 0, MAX_IMAGE + 1)
         if len(data) > MAX_IMAGE:
             raise Undecodable(f"the file has more than {MAX_IMAGE} bytes")
         return data
@@ -199,20 +185,8 @@ class Table:
         }
 
 
-def _bounded(fs: Any, path: str) -> io.BytesIO:
-    return io.BytesIO(fs.cat_file(path, start=0, end=MAX_IMAGE + 1))
-
-
 def _scheme(url: str) -> str:
     return url.partition("://")[0].lower() if "://" in url else ""
-
-
-def _reason(error: Exception) -> str:
-    """Return one line that repeats no address: a URL may hold a key."""
-    status = getattr(error, "status", None)
-    words = getattr(error, "strerror", None) or getattr(error, "message", None)
-    found = f"{status} {words or ''}".strip() if status else (words or type(error).__name__)
-    return " ".join(str(found).split())[:120]
 
 
 def _column(schema: pa.Schema) -> str | None:

@@ -10,6 +10,7 @@ import fsspec
 
 from actstore.credentials import public
 from actstore.sources.base import Undecodable, digest
+from actstore.sources.fetch import Watched
 from actstore.sources.places import absolute, reached
 from vitmodels.clips import EXTENSIONS, Clip, ClipSampling, read_clip
 
@@ -137,15 +138,13 @@ class VideoFolder:
         """Return the decoded frames of a clip, for the transform of a video model."""
         file, clip = divmod(index, self.sampling.clips)
         name = self._names[file]
-        try:
-            with self._fs.open(f"{self._root}/{name}", "rb") as opened:
-                return read_clip(opened, self.sampling, clip, key=name)
-        except FileNotFoundError:
-            raise Undecodable("file is missing") from None
-        except OSError as error:
-            raise Undecodable(f"cannot be read: {error.strerror or error}") from error
-        except ValueError as error:
-            raise Undecodable(str(error)) from error
+        with Watched(self._fs, f"{self._root}/{name}") as opened:
+            stream: Any = opened
+            try:
+                return read_clip(stream, self.sampling, clip, key=name)
+            except (OSError, ValueError) as error:
+                opened.check()
+                raise Undecodable(str(error)) from error
 
     def describe(self) -> dict[str, Any]:
         """Return the words for the manifest; the fingerprint covers names, sizes and sampling."""

@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from actstore.index import SCHEMA
-from actstore.sources.base import Undecodable, decode_image, digest
+from actstore.sources.base import Undecodable, Unreachable, decode_image, digest
+from actstore.sources.fetch import fetch
 from actstore.sources.folder import EXTENSIONS
 from actstore.sources.places import absolute, find_files
 from actstore.sources.tar import Member, members
@@ -144,17 +145,16 @@ class WebDataset:
         last = max((start + size for start, size in wanted.values()), default=0)
         try:
             if last - first <= 2 * sum(size for _, size in wanted.values()) + (1 << 16):
-                data = self._fs.cat_file(path, start=first, end=last) if last > first else b""
+                data = fetch(self._fs, path, first, last) if last > first else b""
                 loaded = {n: data[s - first : s - first + size] for n, (s, size) in wanted.items()}
             else:
                 loaded = {
-                    n: self._fs.cat_file(path, start=s, end=s + size) if size else b""
+                    n: fetch(self._fs, path, s, s + size) if size else b""
                     for n, (s, size) in wanted.items()
                 }
-        except FileNotFoundError:
-            raise Undecodable(f"{os.path.basename(path)} is missing") from None
-        except OSError as error:
-            raise Undecodable(f"cannot be read: {error.strerror or error}") from error
+        except Undecodable:
+            # A tar that has gone takes many items with it, which is no matter of one of them.
+            raise Unreachable(f"{os.path.basename(path)} is missing") from None
         self._recent.index, self._recent.loaded = index, loaded
         return loaded
 
@@ -175,10 +175,7 @@ class WebDataset:
             "label_name": None,
             "shard": shard,
         }
-        try:
-            loaded = self._load(index)
-        except Undecodable:
-            return row
+        loaded = self._load(index)
         for name, kind in self._columns.items():
             value = _fitting(self._json(index).get(name), kind)
             if name in ("label", "label_name"):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from test_sources import picture
 
-from actstore.sources import Undecodable, open_source, reopen_source, table
+from actstore.sources import Undecodable, Unreachable, open_source, reopen_source, table
 
 
 @pytest.fixture
@@ -130,6 +130,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         if "flaky" in self.path and type(self).failures < 2:
             type(self).failures += 1
             self.send_error(503)
+        elif "gone" in self.path:
+            self.send_error(410)
         elif "broken" in self.path:
             self.send_error(500)
         else:
@@ -139,7 +141,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_urls_are_fetched_again_before_a_row_is_skipped(images, monkeypatch):
+def test_urls_are_fetched_again_before_the_server_is_given_up(images, monkeypatch):
     pytest.importorskip("aiohttp")
     (images / "img/flaky.png").write_bytes(picture(9))
     handler = functools.partial(Handler, directory=str(images))
@@ -148,19 +150,21 @@ def test_urls_are_fetched_again_before_a_row_is_skipped(images, monkeypatch):
         thread.start()
         try:
             base = f"http://127.0.0.1:{server.server_port}/img"
-            names = ["1.png", "flaky.png", "broken.png?token=hidden", "none.png"]
+            names = ["1.png", "flaky.png", "broken.png?token=hidden", "none.png", "gone.png"]
             lines = ["url", *(f"{base}/{name}" for name in names)]
             (images / "list.csv").write_text("\n".join(lines))
             source = open_source(images / "list.csv")
             assert source.image(0).size == (8, 8)
             assert source.image(1).size == (8, 8)
             assert Handler.failures == 2
-            with pytest.raises(Undecodable, match=r"cannot be fetched: 500") as caught:
+            with pytest.raises(Unreachable, match=r"broken.png cannot be fetched: 500") as caught:
                 source.image(2)
             assert "hidden" not in str(caught.value)
             assert source.row(2)["key"] == f"{base}/broken.png"
             with pytest.raises(Undecodable, match=r"file is missing"):
                 source.image(3)
+            with pytest.raises(Undecodable, match=r"not to be had: the server says 410"):
+                source.image(4)
         finally:
             server.shutdown()
             thread.join()

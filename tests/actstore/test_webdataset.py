@@ -14,7 +14,7 @@ from PIL import Image
 from test_sources import picture
 
 from actstore.index import rows_table
-from actstore.sources import Undecodable, base, open_source, reopen_source, webdataset
+from actstore.sources import Undecodable, Unreachable, base, open_source, reopen_source, webdataset
 from actstore.sources.tar import members
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -191,7 +191,7 @@ def test_items_without_image_and_broken_ones_are_undecodable(tmp_path, monkeypat
     again = pickle.loads(pickle.dumps(source))
     assert again.describe() == source.describe()
     monkeypatch.undo()
-    with pytest.raises(Undecodable, match=r"a.tar is missing"):
+    with pytest.raises(Unreachable, match=r"a.tar is missing"):
         again.image(2)
 
 

@@ -110,3 +110,18 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "texts" / "a.txt").write_text("a")
     with pytest.raises(ValueError, match=r"holds no videos.*found \.txt"):
         open_source(f"video:{tmp_path}/texts")
+
+
+def test_storage_that_fails_is_no_damaged_video(folder, monkeypatch):
+    from fsspec.implementations.local import LocalFileOpener
+
+    from actstore.sources import Unreachable
+
+    source = open_source(f"video:{folder}?frames=4")
+
+    def failing(self, *words):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(LocalFileOpener, "read", failing)
+    with pytest.raises(Unreachable, match=r"cannot be fetched: Input/output error"):
+        source.image(0)
