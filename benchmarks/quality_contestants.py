@@ -11,7 +11,7 @@ import torch
 from benchmarks.quality import Contestant, K, Make, Setting
 
 
-def ours(kind: str) -> Make:
+def ours(kind: str, l0: float = K) -> Make:
     """Our learner with its default configuration."""
 
     def make(s: Setting) -> Contestant:
@@ -26,7 +26,7 @@ def ours(kind: str) -> Make:
         d = Dictionary({"a": s.width}, latents=s.latents, sparsify=rule, seed=seed)
         with torch.no_grad():
             d.b_dec.copy_(s.mean)
-        target = float(K) if kind == "JumpReLU" else None
+        target = l0 if kind == "JumpReLU" else None
         train = TrainConfig(steps=s.steps, batch_size=s.batch, lr=s.lr, target_l0=target)
         learner = Learner(name="ours", dictionary=d, config=train, backend="onednn")
 

@@ -1,15 +1,14 @@
-"""Held-out FVU of JumpReLU at L0 = 32, between runs that bracket it, beside the peers.
+"""Held-out FVU of JumpReLU beside the peers, at the L0 that each of their runs reached.
 
     PYTHONPATH=. PEERS/bin/python benchmarks/quality_jumprelu.py --data tokens --out jumprelu.jsonl
     python benchmarks/quality_jumprelu.py --table jumprelu.jsonl
 
-Nobody's penalty ends at exactly the L0 asked for, and a shift of all thresholds, as
-`benchmarks.quality` applies, spoils a run that ended far from it. So each peer is trained with
-several coefficients of its penalty, tripled or divided by three until two runs lie on both sides of
-L0 = 32 under their own thresholds, and the FVU at 32 is read off between these: log FVU linear in
-log L0. Ours is steered there by `TrainConfig.target_l0`, one run a seed; its FVU is carried along
-the peers' mean slope from the L0 it reached. Batches, steps, Adam and the learning rate's schedule
-are the same for all.
+A penalty's coefficient does not name an L0, and in a few hundred steps no peer's run comes down to
+32. Ours is steered to an L0 by `TrainConfig.target_l0`. So the peers run with the coefficients that
+brought them lowest, ours is steered to several L0 around theirs, and its FVU at the L0 of a peer's
+run is read off between its two nearest runs of the same seed: log FVU linear in log L0. L0 and FVU
+are those under each run's own thresholds. Batches, steps, Adam and the learning rate's schedule are
+the same for all.
 """
 
 import argparse
@@ -17,95 +16,82 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.quality import K, Make, Setting, measure, train
+from benchmarks.quality import Make, Setting, measure, train
 
-RATIO, TRIES = 3.0, 5
+TARGETS = (32.0, 40.0, 50.0, 64.0)
+"""L0 that ours is steered to."""
+
+PENALTIES = {"sae-lens": (0.8, 2.4), "dictionary_learning": (180.0, 540.0)}
+"""Coefficients of the peers: of those tried (``docs/results/quality.md``), the lowest L0."""
+
+Run = dict[str, Any]
 
 
-def _makers() -> dict[str, tuple[Callable[[float], Make], float]]:
-    """Each contestant for a coefficient, and the coefficient to begin with."""
+def contestants() -> Iterator[tuple[str, float, Make]]:
+    """Every run of a seed: trainer, L0 asked for or coefficient, how to make it."""
     from benchmarks.quality_contestants import dictionary_learning, ours, sae_lens
 
-    return {
-        "ours": (lambda coefficient: ours("JumpReLU"), 1.0),
-        "sae-lens": (lambda c: sae_lens("JumpReLU", c, threshold=0.1), 0.8),
-        "dictionary_learning": (
-            lambda c: dictionary_learning("JumpReLU", c, bandwidth=0.1),
-            60.0,
-        ),
-    }
+    yield from (("ours", l0, ours("JumpReLU", l0)) for l0 in TARGETS)
+    for c in PENALTIES["sae-lens"]:
+        yield "sae-lens", c, sae_lens("JumpReLU", c, threshold=0.1)
+    for c in PENALTIES["dictionary_learning"]:
+        yield "dictionary_learning", c, dictionary_learning("JumpReLU", c, bandwidth=0.1)
 
 
-def bracketed(runs: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Nearest runs above and below L0 = k."""
-    over = [r for r in runs if r["l0_own"] >= K]
-    under = [r for r in runs if r["l0_own"] < K]
+def at(l0: float, runs: list[Run]) -> float | None:
+    """FVU at an L0 on the line between the nearest runs on both sides; None outside of them."""
+    over = [r for r in runs if r["l0_own"] >= l0]
+    under = [r for r in runs if r["l0_own"] < l0]
     if not over or not under:
         return None
-    return min(over, key=lambda r: r["l0_own"]), max(under, key=lambda r: r["l0_own"])
-
-
-def slope(a: dict[str, Any], b: dict[str, Any]) -> float:
-    """Slope: d log FVU / d log L0 between two runs."""
-    rise = math.log(a["fvu_own"] / b["fvu_own"])
-    return rise / math.log(a["l0_own"] / b["l0_own"])
-
-
-def at_k(run: dict[str, Any], gradient: float) -> float:
-    """FVU at L0 = k on a line of that slope through a run."""
-    return float(run["fvu_own"]) * math.exp(gradient * math.log(K / run["l0_own"]))
+    a, b = min(over, key=lambda r: r["l0_own"]), max(under, key=lambda r: r["l0_own"])
+    share = math.log(l0 / b["l0_own"]) / math.log(a["l0_own"] / b["l0_own"])
+    return float(b["fvu_own"] * (a["fvu_own"] / b["fvu_own"]) ** share)
 
 
 def table(lines: Iterable[str]) -> str:
-    """Mean and standard deviation over seeds."""
+    """One row a run of a peer, then the mean ratio of each peer."""
     rows = [json.loads(line) for line in lines]
-    groups: dict[tuple[str, float], dict[int, list[dict[str, Any]]]] = {}
-    for r in rows:
-        groups.setdefault((r["name"], r["lr"]), {}).setdefault(r["seed"], []).append(r)
-    pairs = {g: [bracketed(rs) for rs in by.values()] for g, by in groups.items()}
-    slopes = [slope(*p) for (name, _), ps in pairs.items() if name != "ours" for p in ps if p]
-    mean = float(np.mean(slopes)) if slopes else math.nan
-    found: dict[tuple[str, float], list[float]] = {}
-    for (name, lr), by in groups.items():
-        for pair, rs in zip(pairs[name, lr], by.values(), strict=True):
-            near = min(rs, key=lambda r: abs(math.log(r["l0_own"] / K)))
-            if name == "ours" and slopes:
-                found.setdefault((name, lr), []).append(at_k(near, mean))
-            elif name != "ours" and pair:
-                found.setdefault((name, lr), []).append(at_k(pair[0], slope(*pair)))
-    least = min(float(np.mean(v)) for v in found.values()) if found else math.nan
+    mine = {s: [r for r in rows if (r["name"], r["seed"]) == ("ours", s)] for s in _seeds(rows)}
     out = [
-        "| trainer | lr | seeds | FVU at L0 = 32 | over the best | L0 of the runs "
-        "| their dead | FVU with all thresholds shifted | CPU s a run |\n"
-        "|---|---|---|---|---|---|---|---|---|"
+        "| trainer | coefficient | seed | L0 | FVU | FVU of ours there | ours / theirs | dead |"
+        "\n|---|---|---|---|---|---|---|---|"
     ]
-    for (name, lr), by in groups.items():
-        rs = [r for one in by.values() for r in one]
-        fvu = found.get((name, lr))
-        cells = [name, f"{lr:g}", str(len(by))]
-        cells += (
-            [f"{np.mean(fvu):.4f} ± {np.std(fvu):.4f}", f"{np.mean(fvu) / least - 1:+.1%}"]
-            if fvu
-            else ["not bracketed", ""]
-        )
-        cells += [" ".join(f"{r['l0_own']:.0f}" for r in rs)]
-        cells += [" ".join(f"{r['dead']:.1%}" for r in rs)]
-        near = [min(one, key=lambda r: abs(math.log(r["l0_own"] / K))) for one in by.values()]
-        cells += [f"{np.mean([r['fvu'] for r in near]):.4f}"]
-        cells += [f"{np.mean([r['seconds'] for r in rs]):.0f}"]
+    ratios: dict[str, list[float]] = {}
+    for r in rows:
+        if r["name"] == "ours":
+            continue
+        here = at(r["l0_own"], mine[r["seed"]])
+        cells = [r["name"], f"{r['coefficient']:g}", str(r["seed"]), f"{r['l0_own']:.1f}"]
+        cells += [f"{r['fvu_own']:.4f}"]
+        if here is None:
+            cells += ["not bracketed", ""]
+        else:
+            ratios.setdefault(r["name"], []).append(here / r["fvu_own"])
+            cells += [f"{here:.4f}", f"{here / r['fvu_own']:.3f}"]
+        out.append("| " + " | ".join([*cells, f"{r['dead']:.1%}"]) + " |")
+    out.append("\n| ours, steered to | seed | L0 | FVU | dead | CPU s |\n|---|---|---|---|---|---|")
+    for r in (r for runs in mine.values() for r in runs):
+        cells = [f"{r['coefficient']:g}", str(r["seed"]), f"{r['l0_own']:.1f}"]
+        cells += [f"{r['fvu_own']:.4f}", f"{r['dead']:.1%}", f"{r['seconds']:.0f}"]
         out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out) + f"\n\nd log FVU / d log L0 of the peers: {mean:.2f}\n"
+    means = (f"{name} {np.mean(v):.3f} ({len(v)} runs)" for name, v in ratios.items())
+    return "\n".join(out) + f"\n\nFVU of ours over theirs at equal L0: {', '.join(means)}\n"
+
+
+def _seeds(rows: list[Run]) -> list[int]:
+    return sorted({r["seed"] for r in rows})
 
 
 def main() -> None:
-    """Train until L0 = k is bracketed, or print the table."""
+    """Train whoever is installed, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--table", type=Path)
@@ -114,7 +100,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", default=["ours", "sae-lens", "dictionary_learning"])
     parser.add_argument("--out", type=Path, default=Path("jumprelu.jsonl"))
     args = parser.parse_args()
     if args.table:
@@ -133,24 +118,18 @@ def main() -> None:
         lr=args.lr,
         mean=tokens.mean(0),
     )
-    makers = _makers()
-    start = {name: makers[name][1] for name in args.only}
     for seed in args.seeds:
-        for name in args.only:
-            runs: list[dict[str, Any]] = []
-            coefficient = start[name]
-            while len(runs) < TRIES and bracketed(runs) is None:
-                one, seconds = train(makers[name][0](coefficient), setting, tokens, seed)
-                run = {"name": name, "seed": seed, "lr": args.lr, "coefficient": coefficient}
-                run |= {"steps": args.steps, "batch": args.batch, "seconds": seconds}
-                run |= measure(one, "JumpReLU", held)
-                runs.append(run)
-                with args.out.open("a") as file:
-                    file.write(json.dumps(run) + "\n")
-                if name == "ours":
-                    break
-                start[name] = coefficient  # the next seed begins where this one ended
-                coefficient *= RATIO if run["l0_own"] >= K else 1 / RATIO
+        for name, coefficient, make in contestants():
+            try:
+                one, seconds = train(make, setting, tokens, seed)
+            except ModuleNotFoundError as error:
+                sys.stdout.write(f"skipped {name}: {error}\n")
+                continue
+            run = {"name": name, "seed": seed, "lr": args.lr, "coefficient": coefficient}
+            run |= {"steps": args.steps, "batch": args.batch, "seconds": seconds}
+            run |= measure(one, "JumpReLU", held)
+            with args.out.open("a") as file:
+                file.write(json.dumps(run) + "\n")
 
 
 if __name__ == "__main__":
