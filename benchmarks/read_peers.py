@@ -1,12 +1,13 @@
 """Shuffled reading beside other loaders, on the same values in one run.
 
     python -m benchmarks.read_peers --scratch /somewhere/with/2GB
-        [--saev PYTHON] [--litdata PYTHON] [--items 1024] [--rounds 3] [--out result.json]
+        [--saev PYTHON] [--litdata PYTHON] [--annbatch PYTHON] [--items 1024] [--rounds 3]
+        [--out result.json]
 
 PYTHON is an interpreter that has the peer. Every loader runs in an interpreter of its own
 (``read_peer.py``) and reads its own best form of the same synthetic activations; epochs of all
-loaders alternate, as does the limit, a plain sequential read of the product's files. annbatch is
-not among them: it needs Python 3.12. Columns:
+loaders alternate, as does the limit, a plain sequential read of the product's files. annbatch needs
+Python 3.12 (``pip install annbatch zarr zarrs anndata``). Columns:
 
 tokens/s      of a whole epoch, its start included, pages in the cache; of saev and litdata, whose
               workers are slow, of eight batches after the first
@@ -35,6 +36,9 @@ from benchmarks import measure
 from benchmarks.synthetic import write_synthetic
 
 SITE = "blocks.0.resid_post"
+
+ELSEWHERE = ("saev", "litdata", "annbatch")
+"""Peers that need an interpreter of their own."""
 
 
 class Loader:
@@ -158,8 +162,7 @@ def run(folder: Path, pythons: dict[str, str], options: argparse.Namespace) -> d
         "warm": warm,
         "cold": colds,
         "setting": {**sizes, "GB": float(np.prod(numbers[:3])) * 2 / 1e9},
-        "not run": {"annbatch": "needs Python >= 3.12"}
-        | {p: "no interpreter given" for p in ("saev", "litdata") if p not in pythons},
+        "not run": {p: "no interpreter given" for p in ELSEWHERE if p not in pythons},
         "machine": {**measure.machine(), "load": os.getloadavg()},
     }
 
@@ -168,15 +171,15 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the values; kept")
-    parser.add_argument("--saev", help="interpreter that has saev")
-    parser.add_argument("--litdata", help="interpreter that has litdata")
+    for name in ELSEWHERE:
+        parser.add_argument(f"--{name}", help=f"interpreter that has {name}")
     parser.add_argument("--items", type=int, default=1024, help="of 196 x 768 values; 16 parts")
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     options = parser.parse_args()
     pythons = dict.fromkeys(("actstore", "actstore-float32", "zarr"), sys.executable)
-    pythons |= {k: v for k in ("saev", "litdata") if (v := getattr(options, k)) is not None}
+    pythons |= {k: v for k in ELSEWHERE if (v := getattr(options, k)) is not None}
     result = run(options.scratch / f"peers-{options.items}", pythons, options)
     result["command"] = " ".join(["python -m benchmarks.read_peers", *sys.argv[1:]])
     measure.report(result, options.out)
