@@ -123,13 +123,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         handler = _handlers().get(type(result))
         code = handler(result) if handler else result
     except (ValueError, KeyError, OSError) as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        sys.stderr.write(f"error: {text}\n")
+        sys.stderr.write(f"error: {_said(error)}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from the last checkpoint\n")
         return 130
     return code if isinstance(code, int) else 0
+
+
+def _said(error: Exception) -> str:
+    """Return the message of an error; those of the system say which file it was."""
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}; give another place"
+    return str(error)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import tyro
 
@@ -16,6 +16,7 @@ from actstore.place import CachedPlace
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from actstore.aligned import Aligned
     from actstore.selection import Split
     from actstore.store import Store
     from dictlearn.heads import Head
@@ -32,7 +33,8 @@ class Eval(CachedPlace):
     """Folders of dictionaries, or of runs (every dictionary in them); with --compare also files of
     reports."""
     store: str | None = None
-    """The store; not needed to compare files of reports."""
+    """The store, or NAME=STORE,NAME=STORE of the same items; not needed to compare files of
+    reports."""
     tokens: str | None = None
     """Token kinds; those each dictionary was trained on by default."""
     held_out: bool = True
@@ -92,13 +94,13 @@ def eval_with_progress(config: Eval) -> int:
 
 
 def _evaluate(config: Eval, url: str, folders: Sequence[Path], console: Console) -> list[Report]:
-    import actstore
+    from actstore.aligned import open_aligned
     from actstore.harvester import choose_device
     from dictlearn.commands import progress_bars
     from dictlearn.evaluation import evaluate
     from dictlearn.formats import load
 
-    store = actstore.open(url, **config.opening)
+    store = open_aligned(url, **config.opening)
     heads = _Heads(config, store)
     reports = []
     with progress_bars(console) as progress:
@@ -139,9 +141,10 @@ def _evaluate(config: Eval, url: str, folders: Sequence[Path], console: Console)
 class _Heads:
     """The model and the heads a command asks for, each made once."""
 
-    def __init__(self, config: Eval, store: Store) -> None:
+    def __init__(self, config: Eval, store: Store | Aligned) -> None:
         self.kinds = list(dict.fromkeys([*(["model"] if config.model else []), *config.head]))
-        self.config, self.store = config, store
+        self.config = config
+        self.store = cast("Store", store)  # several stores name no model, and are refused below
         self.probes: dict[tuple[str, str, str], Head] = {}
         self.model: Any = self._model() if self.kinds else None
 
@@ -226,7 +229,7 @@ def _about(folder: Path) -> dict[str, Any]:
     return dict(about or {})
 
 
-def _held_out(about: dict[str, Any], store: Store) -> Split | None:
+def _held_out(about: dict[str, Any], store: Store | Aligned) -> Split | None:
     from actstore.selection import Split
 
     trained = about.get("train") or {}
@@ -235,7 +238,7 @@ def _held_out(about: dict[str, Any], store: Store) -> Split | None:
     return Split(half="validation", holdout=trained["holdout"], seed=trained["split_seed"])
 
 
-def _other_store(folder: Path, about: dict[str, Any], store: Store) -> str:
+def _other_store(folder: Path, about: dict[str, Any], store: Store | Aligned) -> str:
     """Say that a dictionary was trained on another store, or on this one before it changed."""
     there = about.get("store")
     if not there or there == store.fingerprint:

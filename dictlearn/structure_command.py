@@ -43,6 +43,10 @@ def structure(
     from dictlearn.formats import load
     from dictlearn.geometry import COSINE_EDGES, decoder_cosines, match
 
+    if not dictionaries:
+        raise ValueError(
+            "give the folder of a dictionary, or several: dictlearn structure RUN/NAME"
+        )
     loaded = [load(path) for path in dictionaries]
     alive = [_alive(d, store, tokens) for d in loaded] if store else [None] * len(loaded)
     names = _names(dictionaries)

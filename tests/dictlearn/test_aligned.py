@@ -11,6 +11,7 @@ import actstore
 from actstore.aligned import align, open_aligned, sequential
 from actstore.aligned_loader import AlignedLoader
 from actstore.store import Store
+from dictlearn.cli import main
 from dictlearn.config import TopK
 from dictlearn.dictionary import Dictionary
 from dictlearn.evaluation import evaluate
@@ -93,6 +94,8 @@ def test_a_crosscoder_over_two_models(stores: tuple[Store, Store], tmp_path: Pat
     for one, other in zip(whole, again, strict=True):
         for name, value in one.dictionary.state_dict().items():
             assert torch.equal(other.dictionary.state_dict()[name], value)
+    both = f"a={stores[0].url},b={stores[1].url}"
+    assert main(["eval", str(tmp_path / "run"), "--store", both, "--device", "cpu"]) == 0
     swapped = align(a=stores[0], b=write(tmp_path, "c", 24, dtype="bfloat16"))
     with pytest.raises(ValueError, match="The activations changed since this run began"):
         train(swapped, fresh(), CONFIG, out=tmp_path / "run")

@@ -127,6 +127,8 @@ def test_commands_that_read_a_store_open_it_with_a_cache(
         (["train", "{store}", "--out", "{out}", "--cache-bytes", "9"], "cache_dir does not say"),
         (["eval", "{out}/nothing", "--store", "{store}"], "`dictlearn train STORE --out"),
         (["eval", "{file}", "--store", "{store}"], "is of no format known"),
+        (["structure"], "give the folder of a dictionary"),
+        (["convert", "{file}", "{out}"], "is of no format known"),
         (["sparsity", "{out}", "--store", "{store}", "--out", "{out}"], "is of no format known"),
     ],
 )
