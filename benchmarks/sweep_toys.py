@@ -94,8 +94,8 @@ def main() -> None:
         f"# Dictionaries over the toys\n\n`python benchmarks/sweep_toys.py --work FOLDER`: "
         f"{len(rows)} dictionaries ({LATENTS} latents, k = {K}, {args.steps} steps of 1,024 "
         f"tokens) in {seconds / 60:.1f} minutes on {torch.get_num_threads()} threads, harvest and "
-        "evaluation on 500 digits held out from the dictionaries included. CE and top-1 replace the kinds of tokens the "
-        "dictionary was trained on.\n\n"
+        "evaluation on 500 digits held out from the dictionaries included. CE and top-1 replace "
+        "the kinds of tokens the dictionary was trained on.\n\n"
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text + markdown(pa.table(present)))
