@@ -321,17 +321,9 @@ class Dictionary(nn.Module):
         """Start a JumpReLU that was not given a threshold, and not trained, at about that L0.
 
         As for TopK, encoder rows are shortened so that the first reconstruction is not too long;
-        theta is the quantile of normal pre-activations of that length. From 0.1, about half of the
-        latents would be active, and hundreds of steps would go into raising theta.
-
-        Parameters
-        ----------
-        l0
-            Mean number of active latents wanted.
-        latents
-            Of the whole dictionary, where this is a part of one.
-        shorten
-            Shorten the encoder rows; theta fits rows of norm 1 otherwise.
+        theta is the quantile of normal pre-activations of that length. From 0.1, half of the
+        latents would be active, and hundreds of steps go into raising theta. `latents`: of the
+        whole dictionary, where this is a part; without `shorten` theta fits rows of norm 1.
         """
         selection, rule = self.sparsify, self.config.sparsify
         if not isinstance(selection, JumpReLUSelection) or not isinstance(rule, JumpReLU):
