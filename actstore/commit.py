@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 
 from actstore.crc import crc32c
-from actstore.manifest import MAX_JSON_BYTES, ArraySpec, FormatError
+from actstore.manifest import MAX_JSON_BYTES, MAX_OBJECT_BYTES, ArraySpec, FormatError
 from actstore.stats import ChannelStats
 from actstore.storage import Storage
 
@@ -94,7 +94,14 @@ def parse_record(data: bytes, storage: Storage, part: int) -> Commit:
             fingerprint=str(value["fingerprint"]),
             objects=objects,
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise FormatError(f"{storage.uri(path)} is not a commit record: {error!r}") from error
     if record.part != part or record.items < 0:
         raise FormatError(f"{storage.uri(path)} is the record of another part ({record.part})")
@@ -157,7 +164,7 @@ class Sidecar:
 def read_sidecar(storage: Storage, commit: Commit) -> Sidecar:
     """Return the sidecar of a committed part, checked against its record."""
     path = sidecar_path(commit.part)
-    data = storage.read(path)
+    data = storage.read(path, limit=MAX_OBJECT_BYTES)
     expected = commit.objects.get(path)
     if expected is None or crc32c(data) != expected["crc32c"] or len(data) != expected["bytes"]:
         raise FormatError(f"{storage.uri(path)} is damaged: checksum differs from the record")

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from actstore import layout
 from actstore.index import OK, decode_index_rows, encode_index_rows
-from actstore.manifest import ArraySpec, FormatError
+from actstore.manifest import MAX_OBJECT_BYTES, ArraySpec
 from actstore.segments import seal_all
 from actstore.stats import ChannelStats
 
@@ -62,10 +62,11 @@ def read_stats(store: "Store", array: ArraySpec) -> ChannelStats | None:
     folder, shape = f"stats/{array.site}/{array.kind}", (array.channels,)
 
     def read(name: str, dtype: str = "<f8") -> np.ndarray:
-        return np.frombuffer(store.storage.read(f"{folder}/{name}/c.0"), dtype)
+        data = store.storage.read(f"{folder}/{name}/c.0", limit=8 * array.channels)
+        return np.frombuffer(data, dtype)
 
     try:
-        count = int.from_bytes(store.storage.read(f"{folder}/count/c"), "little")
+        count = int.from_bytes(store.storage.read(f"{folder}/count/c", limit=8), "little")
         moments = {name: read(name) for name in ("mean", "m2", "absmax")}
         if store.storage.size(f"{folder}/error/c.0") is not None:
             moments |= {"saturated": read("saturated", "<i8"), "error": read("error")}
@@ -79,8 +80,9 @@ def read_stats(store: "Store", array: ArraySpec) -> ChannelStats | None:
 def read_index(store: "Store") -> pa.Table | None:
     """Return the rows of a complete store from `index.parquet`; None where they do not fit it."""
     try:
-        rows = decode_index_rows(store.storage.read(INDEX), store.storage.uri(INDEX))
-    except (FileNotFoundError, FormatError):
+        data = store.storage.read(INDEX, limit=MAX_OBJECT_BYTES)
+        rows = decode_index_rows(data, store.storage.uri(INDEX), store.manifest.items)
+    except (FileNotFoundError, ValueError):
         return None
     valid = pc.sum(pc.equal(rows["status"], OK)).as_py()
     return rows if valid == store.n_items else None

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actstore.manifest import FormatError
+from actstore.manifest import MAX_OBJECT_BYTES, FormatError
 
 SCHEMA = pa.schema(
     [
@@ -28,6 +28,10 @@ SCHEMA = pa.schema(
 
 OK = "ok"
 """Status of an item whose activations are in the store."""
+
+
+MORE_ROWS = 1 << 20
+"""Rows that an index may have beyond four for each planned item."""
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]] | pa.Table) -> pa.Table:
@@ -52,17 +56,28 @@ def encode_index_rows(rows: Sequence[Mapping[str, Any]] | pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def decode_index_rows(data: bytes, name: str) -> pa.Table:
-    """Return the rows of one parquet file of the index.
+def decode_index_rows(data: bytes, name: str, items: int) -> pa.Table:
+    """Return the rows of one parquet file of the index, for so many planned items.
+
+    Converted stores keep the rows of skipped items too, which are no items of their plan.
 
     Raises
     ------
     FormatError
-        When it is not parquet or lacks a column.
+        When it is not parquet, lacks a column, or has or would unpack to too much.
     """
+    most = 4 * items + MORE_ROWS
     try:
-        table = pq.read_table(pa.BufferReader(data))
-    except pa.ArrowInvalid as error:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        unpacked = sum(group.total_byte_size for group in groups)
+        if file.metadata.num_rows > most or unpacked > MAX_OBJECT_BYTES:
+            raise FormatError(
+                f"{name} claims {file.metadata.num_rows} rows, {unpacked} bytes unpacked; at most "
+                f"{most} rows and {MAX_OBJECT_BYTES} bytes are read"
+            )
+        table = file.read()
+    except (pa.ArrowException, OSError) as error:
         raise FormatError(f"{name} is not an index file: {error}") from error
     if missing := [column for column in SCHEMA.names if column not in table.column_names]:
         raise FormatError(f"{name} lacks the index columns {missing}")

@@ -38,6 +38,15 @@ CODECS = ("raw", "archive")
 MAX_JSON_BYTES = 64 << 20
 """A manifest or commit record larger than this is refused before it is parsed."""
 
+MAX_OBJECT_BYTES = 4 << 30
+"""An index or sidecar larger than this, packed or unpacked, is refused before it is read."""
+
+MAX_PARTS = 1 << 25
+"""Parts of a store; what is held of each is taken at once when a store is opened."""
+
+MAX_TOKENS = 1 << 24
+"""Tokens of an item, whose places in a shard are worked out at once."""
+
 _LATER = ("scales",)
 """Fields that came after the first stores: absent from the JSON when they are empty."""
 
@@ -97,6 +106,11 @@ class ArraySpec:
             raise FormatError(f"{self.path}: first must be an integer >= 0, not {self.first!r}")
         if type(self.of) is not int or not (self.of == 0 or self.tokens <= self.of < 1 << 31):
             raise FormatError(f"{self.path}: {self.tokens} tokens cannot be of {self.of!r}")
+        if self.tokens > MAX_TOKENS or self.channels >= 1 << 31:
+            raise FormatError(
+                f"{self.path}: {self.tokens} tokens of {self.channels} channels; at most "
+                f"{MAX_TOKENS} of less than {1 << 31} are read"
+            )
         if self.tokens % self.stripe_tokens:
             raise FormatError(
                 f"{self.path}: stripe_tokens {self.stripe_tokens} does not divide {self.tokens}"
@@ -172,6 +186,11 @@ class Manifest:
             value = getattr(self, field)
             if type(value) is not int or not least <= value < 1 << 48:
                 raise FormatError(f"{field} must be an integer >= {least}, not {value!r}")
+        if self.n_parts > MAX_PARTS:
+            raise FormatError(
+                f"{self.items} items in parts of {self.items_per_part} are {self.n_parts} parts, "
+                f"at most {MAX_PARTS} are read: more items_per_part"
+            )
         paths = [a.path for a in self.arrays]
         if not paths or len(set(paths)) != len(paths):
             raise FormatError(f"a store needs at least one array, each once; found {paths}")

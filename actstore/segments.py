@@ -132,7 +132,7 @@ def _parse(data: bytes, manifest: Manifest, number: int) -> tuple[np.ndarray, np
         items = np.array(value["items"], dtype=np.int64)
         record = np.array(value["records"], dtype=np.int64)
         same = value["segment"] == number and value["fingerprint"] == manifest.fingerprint
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise FormatError(f"not a segment record ({error!r})") from error
     if not same or items.shape != (len(span),) or record.shape != (len(span),):
         raise FormatError("a segment of another store or range")
@@ -246,7 +246,9 @@ def stale(storage: Storage, manifest: Manifest, committed: Collection[int]) -> l
     for number in _numbers(storage, manifest):
         span = span_of(manifest, number)
         try:
-            _, record = _parse(storage.read(segment_path(number)), manifest, number)
+            _, record = _parse(
+                storage.read(segment_path(number), limit=MAX_JSON_BYTES), manifest, number
+            )
             sound = (
                 all(part in committed for part in span)
                 and [crc32c(data) for data in _fetch(storage, map(record_path, span))]

@@ -17,7 +17,7 @@ from actstore import compact, layout, segments
 from actstore.commit import Commit, index_path, read_sidecar
 from actstore.crc import crc32c
 from actstore.index import OK, concat_rows, decode_index_rows
-from actstore.manifest import MAX_JSON_BYTES, ArraySpec, FormatError, Manifest
+from actstore.manifest import MAX_JSON_BYTES, MAX_OBJECT_BYTES, ArraySpec, FormatError, Manifest
 from actstore.metadata import write_metadata, write_scales
 from actstore.part_cache import cached
 from actstore.stats import ChannelStats
@@ -228,10 +228,12 @@ class Store:
         for part in self._committed():
             commit = self.commit(part)
             path = index_path(part)
-            data = self.storage.read(path)
+            data = self.storage.read(path, limit=MAX_OBJECT_BYTES)
             if crc32c(data) != commit.objects.get(path, {}).get("crc32c"):
                 raise FormatError(f"{self.storage.uri(path)} is damaged: checksum differs")
-            tables.append(decode_index_rows(data, self.storage.uri(path)))
+            tables.append(
+                decode_index_rows(data, self.storage.uri(path), self.manifest.planned(part))
+            )
         return concat_rows(tables)
 
     def table(self) -> pa.Table:
@@ -302,7 +304,7 @@ def read_manifest(storage: Storage) -> Manifest | None:
     try:
         attributes = json.loads(data)["attributes"]
         value = attributes["actstore"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{uri} does not describe an actstore store") from error
     manifest = Manifest.from_json(value)
     if attributes.get("fingerprint") != manifest.fingerprint:
