@@ -238,6 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         sys.stderr.write(f"error: {text}\n")
         return 1
+    except MemoryError as error:
+        sys.stderr.write(f"error: this takes more memory than there is: {error}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was committed stays, the same command goes on\n")
         return 130

@@ -99,6 +99,8 @@ def convert(
         raise ValueError(f"nothing is left: {store.url} has tokens of kind {', '.join(present)}")
     if codec is not None:
         codec, dtype = profile(codec, dtype or (None if codec == "int8" else store.manifest.dtype))
+    if items_per_part is not None and items_per_part < 1:
+        raise ValueError(f"items_per_part must be at least 1, not {items_per_part}")
     storage = open_storage(out, storage_options)
     same_parts = not reshard and items_per_part in (None, store.manifest.items_per_part)
     same_values = dtype in (None, store.manifest.dtype) and codec in (None, store.manifest.codec)

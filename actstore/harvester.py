@@ -193,6 +193,8 @@ def prepare(
         raise ValueError(f"limit must be at least 1, not {limit}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
     check_compute(autocast)
     source = open_source(data, storage_options)
     if not len(source):

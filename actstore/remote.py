@@ -211,6 +211,11 @@ def endpoint_of(options: Mapping[str, Any]) -> str | None:
     client = options.get("client_kwargs") or {}
     found = options.get("endpoint_url") or client.get("endpoint_url")
     named = found or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if named and not re.match(r"https?://[^/]", str(named)):
+        raise ValueError(
+            f"endpoint_url {public(str(named))!r} is no address of a server: it looks like "
+            "http://host:8333 or https://host"
+        )
     return str(named) if named else None
 
 

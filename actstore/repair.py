@@ -49,6 +49,8 @@ def repair(
 
     manifest = store.manifest
     todo = sorted(set(parts))
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
     if wrong := [part for part in todo if not 0 <= part < manifest.n_parts]:
         raise ValueError(f"{store.url} has parts 0 to {manifest.n_parts - 1}, not {wrong[0]}")
     if manifest.order.get("kind") == "converted":

@@ -139,6 +139,15 @@ def load_for(config: Any, model_id: str) -> Any:
     return load_model(model_id, config.device, **load_options(config))
 
 
+def source_for(config: Any, store: Store) -> Any:
+    """Return the data set of a store: where it moved to, or where the manifest says it lies."""
+    from actstore.sources import open_source, reopen_source
+
+    if config.data:
+        return open_source(config.data, config.storage_options)
+    return reopen_source(store.manifest.data, config.storage_options)
+
+
 def harvest_with_progress(config: "Harvest") -> int:
     """Harvest and draw it; 0 when the store is complete or other ranks still work on it."""
     from actstore.harvester import dry_run, harvest
@@ -245,13 +254,12 @@ def verify_with_progress(config: "Verify") -> int:
 
 def _compare(config: "Verify", store: Store, console: Console) -> bool:
     """Run items through the model again; return whether all values fit."""
-    from actstore.sources import open_source, reopen_source
     from actstore.verify import verify_against_model
 
     if store.manifest.model is None:
         raise ValueError(f"{store.url} was not made by a model, there is nothing to run again")
     model = load_for(config, str(store.manifest.model["id"]))
-    source = open_source(config.data) if config.data else reopen_source(store.manifest.data)
+    source = source_for(config, store)
     found = verify_against_model(store, model, source, items=config.against_model)
     table = Table("site", "kind", "items", "largest difference / rms", "values off")
     for one in found:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from actstore.report import HarvestView, load_for, progress_bars
+from actstore.report import HarvestView, load_for, progress_bars, source_for
 from actstore.store import open_store
 
 if TYPE_CHECKING:
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 def repair_with_progress(config: "Repair") -> int:
     """Repair damaged parts and draw it."""
     from actstore.repair import repair
-    from actstore.sources import open_source, reopen_source
     from actstore.verify import verify
 
     console = Console()
@@ -30,8 +29,7 @@ def repair_with_progress(config: "Repair") -> int:
     if store.manifest.model is None:
         raise ValueError(f"{config.url} was not made by a model, it cannot be harvested again")
     model = load_for(config, str(store.manifest.model["id"]))
-    description = store.manifest.data
-    source = open_source(config.data) if config.data else reopen_source(description)
+    source = source_for(config, store)
     with progress_bars(console) as progress:
         view = HarvestView(console, progress)
         view.expect(sum(store.manifest.planned(part) for part in parts), len(parts))

@@ -68,6 +68,8 @@ def verify(
     """
     parts = np.flatnonzero(store.part_items >= 0).tolist()
     problems: list[Problem] = []
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
     with ThreadPoolExecutor(workers, "verify") as pool:
         for part, found in zip(
             parts, pool.map(lambda p: list(_part_problems(store, p)), parts), strict=True

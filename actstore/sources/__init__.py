@@ -43,6 +43,8 @@ def open_source(data: Any, storage_options: Mapping[str, Any] | None = None) -> 
 
         return Digits()
     options = dict(storage_options or {})
+    if "://" in name and not name.removeprefix("video:").startswith(("s3://", "s3a://")):
+        options.pop("endpoint_url", None)  # of the store's S3 server, if one is given for both
     if _is_parquet(name):
         from actstore.sources.parquet import Parquet
         from actstore.sources.table import Table, names_files

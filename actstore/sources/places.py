@@ -9,7 +9,7 @@ from typing import Any
 
 import fsspec
 
-from actstore.credentials import refuse_credentials
+from actstore.credentials import public, refuse_credentials
 
 MAX_FILES = 1_000_000
 """A brace pattern that stands for more files is refused."""
@@ -84,7 +84,23 @@ def reached(url: str) -> Iterator[None]:
             f"{url}: its storage denied access; check the credentials (storage options key and "
             "secret, or those of the environment) and their rights"
         ) from None
-    except (OSError, ValueError, ImportError):
+    except ValueError as error:
+        if not str(error).startswith("Protocol not known"):
+            raise
+        raise ValueError(
+            f"{public(url)}: no storage is called {url.partition('://')[0]!r}; there are local "
+            "paths, s3://, gs://, az://, https://, hf:// and what else fsspec knows"
+        ) from None
+    except ImportError as error:
+        raise ValueError(f"{public(url)} needs a package that is not installed: {error}") from None
+    except FileNotFoundError as error:
+        if url in str(error):
+            raise
+        raise FileNotFoundError(
+            f"{public(url)} does not exist ({error}); check its spelling, and the storage option "
+            "endpoint_url where it lies on a server that is not Amazon's"
+        ) from None
+    except OSError:
         raise
     except Exception as error:
         if "://" not in url:

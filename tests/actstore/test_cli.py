@@ -85,6 +85,17 @@ def test_verify_names_damage_and_the_repair(tmp_path, capsys):
         ),
         ([*HARVEST, "--out", "x", "--data", "nowhere"], "error: data 'nowhere' does not exist"),
         ([*HARVEST, "--out", "x", "--sites", "blocks.7.resid_post"], "error: no site matches"),
+        (
+            [*HARVEST, "--out", "x", "--data", "foo://x"],
+            "error: foo://x: no storage is called 'foo'",
+        ),
+        ([*HARVEST, "--out", "x", "--workers", "-1"], "error: workers must be at least 1, not -1"),
+        ([*HARVEST, "--out", "x", "--codec", "zip"], "error: codec 'zip' is none of raw, archive"),
+        ([*HARVEST, "--out", "x", "--scheduler", "y"], "error: scheduler 'y' is no address"),
+        (
+            ["info", "s3://bucket/x", "--endpoint-url", "nonsense"],
+            "error: endpoint_url 'nonsense' is no address of a server: it looks like http://",
+        ),
     ],
 )
 def test_errors_are_one_message_and_exit_code_one(words, message, capsys, tmp_path, monkeypatch):

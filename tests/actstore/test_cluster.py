@@ -148,3 +148,5 @@ def test_no_scheduler(tmp_path, monkeypatch):
         module.connect("tcp://127.0.0.1:9", wait=1)
     with pytest.raises(ValueError, match=r"no dask scheduler answers at 'nonsense"):
         module.connect("nonsense://x", wait=1)
+    with pytest.raises(ValueError, match=r"'nowhere' is no address; it looks like tcp://host"):
+        module.connect("nowhere")
