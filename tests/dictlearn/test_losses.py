@@ -151,8 +151,13 @@ CASES = [
 ]
 
 
+def name_of(value: object) -> str:
+    """Return an id that is the same in every process."""
+    return getattr(value, "__name__", None) or str(value)
+
+
 @pytest.mark.parametrize("wiring", ["sae", "transcoder", "skip"])
-@pytest.mark.parametrize(("sparsify", "formula", "p"), CASES, ids=str)
+@pytest.mark.parametrize(("sparsify", "formula", "p"), CASES, ids=name_of)
 def test_losses_and_gradients_equal_the_formula(
     sparsify: Sparsify,
     formula: Callable[..., tuple[dict[str, Tensor], list[int]]],
