@@ -239,7 +239,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {text}\n")
         return 1
     except MemoryError as error:
-        sys.stderr.write(f"error: this takes more memory than there is: {error}\n")
+        sys.stderr.write(
+            f"error: this takes more memory than there is ({error}); ask for less at once "
+            "(--batch-size, --memory), or for fewer --sites or --tokens\n"
+        )
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was committed stays, the same command goes on\n")

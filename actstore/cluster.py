@@ -178,7 +178,7 @@ def connect(scheduler: str, *, wait: float = 30.0) -> Any:
     ValueError
         When distributed is not installed, nothing answers, or no worker joins in time.
     """
-    if "://" not in scheduler and ":" not in scheduler:
+    if ":" not in scheduler:
         raise ValueError(f"scheduler {scheduler!r} is no address; it looks like tcp://host:8786")
     try:
         distributed: Any = importlib.import_module("distributed")

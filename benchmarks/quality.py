@@ -92,6 +92,15 @@ def export(url: str, site: str, path: Path, tokens: int) -> None:
     sys.stdout.write(f"{path}: {', '.join(f'{k} {v.shape}' for k, v in parts.items())}\n")
 
 
+def exported(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return training and held-out tokens that `export` wrote, for runs on one quiet thread."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    files = [path / f"{half}.npy" for half in ("train", "validation")]
+    tokens, held = (torch.from_numpy(np.load(file, mmap_mode="r")) for file in files)
+    return tokens, held
+
+
 @torch.no_grad()
 def measure(one: Contestant, kind: str, held: torch.Tensor) -> dict[str, Any]:
     """FVU at L0 = k, dead share, and L0 and FVU under the thresholds found in training."""
@@ -197,10 +206,7 @@ def main() -> None:
         return
     from benchmarks.quality_contestants import CONTESTANTS
 
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    files = [args.data / f"{half}.npy" for half in ("train", "validation")]
-    tokens, held = (torch.from_numpy(np.load(file, mmap_mode="r")) for file in files)
+    tokens, held = exported(args.data)
     width = tokens.shape[1]
     done = (
         [json.loads(line) for line in args.out.read_text().splitlines()]

@@ -15,15 +15,13 @@ import argparse
 import json
 import math
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from benchmarks.quality import Make, Setting, measure, train
+from benchmarks.quality import Make, Setting, exported, measure, train
 
 TARGETS = (32.0, 40.0, 50.0, 64.0)
 """L0 that ours is steered to."""
@@ -105,10 +103,7 @@ def main() -> None:
     if args.table:
         sys.stdout.write(table(args.table.read_text().splitlines()))
         return
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    files = [args.data / f"{half}.npy" for half in ("train", "validation")]
-    tokens, held = (torch.from_numpy(np.load(file, mmap_mode="r")) for file in files)
+    tokens, held = exported(args.data)
     width = tokens.shape[1]
     setting = Setting(
         width=width,

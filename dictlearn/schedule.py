@@ -22,8 +22,8 @@ class TrainConfig:
     """Tokens of a step."""
     lr: float | None = None
     """Peak learning rate of Adam; by default ``1e-3 / sqrt(latents / 2048)``, at most 2e-3,
-    whatever the number of steps. Meant for thousands of steps: runs of 150 and 600 on 3,072
-    latents ended with a lower FVU at 4e-3 (``docs/results/quality.md``)."""
+    whatever the number of steps. Meant for thousands of steps: runs of 150 steps on 3,072
+    latents and of 600 on 1,536 ended with a lower FVU at 4e-3 (``docs/results/quality.md``)."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises linearly from 0."""
     decay: float = 0.2

@@ -1,5 +1,6 @@
 """Stores of strangers: what they claim is checked before memory is taken or a path is made."""
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -31,8 +32,6 @@ def claim(store, change):
     change(value["attributes"]["actstore"])
     manifest = value["attributes"]["actstore"]
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    import hashlib
-
     value["attributes"]["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()
     path.write_text(json.dumps(value))
 
