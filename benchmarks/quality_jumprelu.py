@@ -4,11 +4,11 @@
     python benchmarks/quality_jumprelu.py --table jumprelu.jsonl
 
 A penalty's coefficient does not name an L0, and in a few hundred steps no peer's run comes down to
-32. Ours is steered to an L0 by `TrainConfig.target_l0`. So the peers run with the coefficients that
-brought them lowest, ours is steered to several L0 around theirs, and its FVU at the L0 of a peer's
-run is read off between its two nearest runs of the same seed: log FVU linear in log L0. L0 and FVU
-are those under each run's own thresholds. Batches, steps, Adam and the learning rate's schedule are
-the same for all.
+32. Ours is steered to an L0 by `TrainConfig.target_l0`. So each peer runs with two coefficients,
+ours is steered to several L0 around theirs, and its FVU at the L0 of a peer's run is read off
+between its two nearest runs of the same seed: log FVU linear in log L0. L0 and FVU are those under
+each run's own thresholds. Batches, steps, Adam and the learning rate's schedule are the same for
+all.
 """
 
 import argparse
@@ -27,7 +27,8 @@ TARGETS = (32.0, 40.0, 50.0, 64.0)
 """L0 that ours is steered to."""
 
 PENALTIES = {"sae-lens": (0.8, 2.4), "dictionary_learning": (180.0, 540.0)}
-"""Coefficients of the peers: of those tried (``docs/results/quality.md``), the lowest L0."""
+"""Coefficients of the peers: of those tried (``docs/results/quality.md``), two each that end at
+different L0 within `TARGETS`."""
 
 Run = dict[str, Any]
 
