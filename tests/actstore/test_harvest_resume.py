@@ -1,5 +1,6 @@
 """A harvest that stopped goes on, ranks share one, and another configuration is refused."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from harvests import run
 import actstore
 from actstore.execute import rank_and_world
 from actstore.sources import open_source
+from actstore.writer import commit_part
 
 
 def test_a_finished_store_is_left_alone(tmp_path):
@@ -125,3 +127,16 @@ def test_a_record_of_another_run_is_never_overwritten(tmp_path):
     path.write_text(json.dumps({**record, "fingerprint": "0" * 64}))
     with pytest.raises(actstore.FormatError, match=r"part 2 was committed under another manifest"):
         run(tmp_path / "a")
+
+
+def test_a_lost_race_is_harmless_and_one_with_another_harvest_is_said(tmp_path):
+    store, _ = run(tmp_path / "a")
+    there = store.commit(2)
+    path = tmp_path / "a/parts/00002.json"
+    before = path.read_bytes()
+    again = commit_part(store.storage, store.manifest, 2, there.items, there.objects)
+    assert (again.items, again.objects) == (there.items, there.objects)
+    other = dataclasses.replace(store.manifest, data={"kind": "another"})
+    with pytest.raises(actstore.FormatError, match=r"part 2 was committed under another manifest"):
+        commit_part(store.storage, other, 2, there.items, there.objects)
+    assert path.read_bytes() == before
