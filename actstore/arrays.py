@@ -13,12 +13,12 @@ from jaxtyping import Shaped
 
 from actstore.index import OK
 from actstore.manifest import DTYPES, ITEM_SIZE, ArraySpec, Manifest, encode_scale
+from actstore.moments import MomentSum
 from actstore.order import keyed_permutation
 from actstore.pipeline import PartPipeline
 from actstore.plan import LOCAL_STRIPE, part_items
 from actstore.quantise import CALIBRATION, calibrated
 from actstore.segments import seal_all
-from actstore.stats import MomentSum
 from actstore.storage import open_storage
 from actstore.store import Store, create_store
 from actstore.writer import PartBuffer, check_range

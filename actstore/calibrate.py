@@ -16,9 +16,10 @@ from torch import Tensor
 from actstore.execute import Job, decoded_ahead
 from actstore.forward import Forward
 from actstore.manifest import ArraySpec, Manifest, encode_scale
+from actstore.moments import MomentSum
 from actstore.quantise import CALIBRATION, calibrated
 from actstore.staging import tokens_of
-from actstore.stats import ChannelStats, MomentSum
+from actstore.stats import ChannelStats
 from actstore.storage import Storage
 from actstore.store import check_same, create_store, read_manifest
 from actstore.writer import check_range

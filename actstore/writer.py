@@ -24,8 +24,9 @@ from actstore.commit import (
 from actstore.crc import combine, crc32c
 from actstore.index import encode_index_rows
 from actstore.manifest import ArraySpec, FormatError, Manifest
+from actstore.moments import MomentSum
 from actstore.quantise import Loss, quantise
-from actstore.stats import ChannelStats, MomentSum
+from actstore.stats import ChannelStats
 from actstore.storage import Storage, aligned_zeros
 from actstore.subsample import chunk_path, sampled
 

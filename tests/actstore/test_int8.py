@@ -18,12 +18,12 @@ from actstore.cli import main
 from actstore.convert import convert
 from actstore.loader import TokenLoader
 from actstore.manifest import FormatError, Manifest, encode_scale
+from actstore.moments import MomentSum
 from actstore.quantise import LIMIT, calibrated, quantise
 from actstore.reader import batches
 from actstore.repair import repair
 from actstore.sources import open_source
 from actstore.staging import _quantise
-from actstore.stats import MomentSum
 from actstore.storage import open_storage
 from actstore.verify import verify, verify_against_model
 
