@@ -73,7 +73,8 @@ class Ranges(Protocol):
         Raises
         ------
         FileNotFoundError, FormatError
-            When an object is missing or ends early; the message names part and remedy.
+            When an object is missing, ends early or is a link that leaves the store; the message
+            names part and remedy.
         """
 
     def close(self) -> None:
@@ -105,7 +106,7 @@ class _Line:
 class LocalRanges:
     """Ranges of local files."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: LocalStorage) -> None:
         self._storage = storage
         self._open: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._scratch = np.empty(0, dtype=np.uint8)
@@ -205,7 +206,7 @@ class LocalRanges:
             return descriptor
         while len(self._open) >= MAX_OPEN:
             os.close(self._open.popitem(last=False)[1])
-        descriptor = os.open(self._storage.uri(path), os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = self._storage.open(path)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         self._open[path] = descriptor
@@ -218,7 +219,7 @@ class ThreadedRanges:
     They take requests from one line, so that none waits while another has work left.
     """
 
-    def __init__(self, storage: Storage, threads: int = THREADS) -> None:
+    def __init__(self, storage: LocalStorage, threads: int = THREADS) -> None:
         self._parts = [LocalRanges(storage) for _ in range(threads)]
         self._threads = concurrent.futures.ThreadPoolExecutor(max(1, threads - 1), "actstore-range")
 

@@ -9,6 +9,7 @@ under way or not yet taken is bounded by `BYTES_AHEAD`.
 import collections
 import concurrent.futures
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -192,6 +193,10 @@ class _Files(LocalStorage):
     def uri(self, path: str) -> str:
         """Return the cached file of an object."""
         return self.paths[path]
+
+    def open(self, path: str) -> int:
+        """Open the cached file of an object."""
+        return os.open(self.paths[path], os.O_RDONLY | os.O_CLOEXEC)
 
 
 def open_remote(storage: Storage, *, fetch: bool) -> Ranges:

@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import socket
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from actstore.credentials import public
+from actstore.links import Links
 
 Buffer = Any
 """Anything `memoryview` accepts with contiguous bytes."""
@@ -72,7 +74,7 @@ class Storage(Protocol):
 
 
 class LocalStorage:
-    """Objects as files of one folder."""
+    """Objects as files of one folder; links that leave it are refused with a FormatError."""
 
     TEMPORARY = "tmp"
     """Folder of unfinished files: same file system, so that rename and link are atomic."""
@@ -80,6 +82,7 @@ class LocalStorage:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.url = os.fspath(root)
         self._root = Path(root).absolute()
+        self._links = Links(str(self._root))
         self._serial = itertools.count()
 
     def _path(self, path: str) -> Path:
@@ -87,25 +90,37 @@ class LocalStorage:
 
     def read(self, path: str, *, limit: int | None = None) -> bytes:
         """See `Storage.read`."""
-        with open(self._path(path), "rb") as file:
+        with open(self.open(path), "rb") as file:
             if limit is not None and os.fstat(file.fileno()).st_size > limit:
                 raise ValueError(f"{self.uri(path)} is larger than the {limit} bytes allowed")
             return file.read()
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         """See `Storage.read_range`."""
-        with open(self._path(path), "rb") as file:
-            return os.pread(file.fileno(), length, offset)
+        descriptor = self.open(path)
+        try:
+            return os.pread(descriptor, length, offset)
+        finally:
+            os.close(descriptor)
+
+    def open(self, path: str) -> int:
+        """Return a descriptor of an object, to be closed by the caller; see `Links.open`."""
+        return self._links.open(path)
 
     def size(self, path: str) -> int | None:
         """See `Storage.size`."""
+        self._links.check_folder(path)
         try:
-            return self._path(path).stat().st_size
+            found = os.lstat(self._path(path))
+            if stat.S_ISLNK(found.st_mode):
+                found = os.stat(self._links.resolve(path))
         except FileNotFoundError:
             return None
+        return found.st_size
 
     def create(self, path: str, data: bytes) -> bool:
         """See `Storage.create`: a finished temporary file is linked to the new name."""
+        self._links.check_folder(path)
         temporary = self._write([data])
         target = self._path(path)
         try:
@@ -121,6 +136,7 @@ class LocalStorage:
 
     def replace(self, path: str, pieces: Iterable[Buffer]) -> None:
         """See `Storage.replace`: a finished temporary file is renamed."""
+        self._links.check_folder(path)
         temporary = self._write(pieces)
         target = self._path(path)
         self._make_folder(target.parent)
@@ -128,12 +144,14 @@ class LocalStorage:
         sync_folder(target.parent)
 
     def delete(self, path: str) -> None:
-        """See `Storage.delete`."""
+        """See `Storage.delete`; of a link the link itself goes."""
+        self._links.check_folder(path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(path))
 
     def list(self, folder: str) -> Iterator[str]:
         """See `Storage.list`."""
+        self._links.check_folder(f"{folder}/")
         try:
             with os.scandir(self._path(folder)) as entries:
                 yield from (entry.name for entry in entries if entry.is_file())
@@ -146,12 +164,13 @@ class LocalStorage:
 
     def zarr(self) -> Any:
         """See `Storage.zarr`."""
-        from zarr.storage import LocalStore
+        from actstore.local_zarr import GuardedStore
 
-        return LocalStore(self._root, read_only=True)
+        return GuardedStore(self._root)
 
     def _write(self, pieces: Iterable[Buffer]) -> Path:
         """Write a durable temporary file; remove it when that fails."""
+        self._links.check_folder(f"{self.TEMPORARY}/")
         folder = self._path(self.TEMPORARY)
         self._make_folder(folder)
         name = f"{socket.gethostname()}-{os.getpid()}-{id(self):x}-{next(self._serial)}"

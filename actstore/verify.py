@@ -63,13 +63,14 @@ def verify(
     Returns
     -------
     list[Problem]
-        Damaged, missing and foreign objects; empty for a sound store. Parts that were never
-        committed are no damage.
+        Damaged, missing and foreign objects, and links that leave the store; empty for a sound
+        store. Parts that were never committed are no damage.
     """
     parts = np.flatnonzero(store.part_items >= 0).tolist()
     problems: list[Problem] = []
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
+    foreign = list(_foreign(store))  # first: a folder that is a link is one error, not one a part
     with ThreadPoolExecutor(workers, "verify") as pool:
         for part, found in zip(
             parts, pool.map(lambda p: list(_part_problems(store, p)), parts), strict=True
@@ -77,7 +78,7 @@ def verify(
             problems += found
             if on_part is not None:
                 on_part(part)
-    return [*problems, *_foreign(store)]
+    return [*problems, *foreign]
 
 
 def _part_problems(store: Store, part: int) -> Iterator[Problem]:
@@ -91,7 +92,11 @@ def _part_problems(store: Store, part: int) -> Iterator[Problem]:
         if path not in commit.objects:
             yield Problem(part=part, path=path, what="the commit record does not name it")
     for path, expected in sorted(commit.objects.items()):
-        size = store.storage.size(path)
+        try:
+            size = store.storage.size(path)
+        except FormatError as error:  # a link that leaves the store
+            yield Problem(part=part, path=path, what=str(error))
+            continue
         if size is None:
             yield Problem(part=part, path=path, what="missing")
         elif size != expected["bytes"]:
