@@ -35,6 +35,7 @@ from actstore.plan import choose_layout
 from actstore.storage import open_storage
 from actstore.store import Store, create_store
 from benchmarks.s3 import Cost, plain_store, remove, server, timed
+from benchmarks.values import residual_stream
 
 SITE = "blocks.6.resid_post"
 BATCH = 4096
@@ -66,7 +67,7 @@ class Config:
 
 
 def write(url: str, config: Config, options: dict[str, str]) -> Store:
-    """Write a store of random bits in the layout planned for S3."""
+    """Write a store in the layout planned for S3."""
     array = ArraySpec(site=SITE, kind="patch", tokens=196, channels=768)
     size, arrays = choose_layout(
         [array], items=config.items, dtype="float16", budget=1 << 30, remote=True
@@ -80,8 +81,7 @@ def write(url: str, config: Config, options: dict[str, str]) -> Store:
     storage.replace("made", [b"a server of its own makes the bucket on a PUT"])
     create_store(storage, manifest)
     store = Store(storage, manifest)
-    bits = np.random.default_rng(0).integers(0, 60_000, (size, 196, 768), dtype=np.uint16)
-    values = (bits & np.uint16(0xBBFF)).view(np.float16)
+    values = residual_stream(size, 196, 768)
     with PartPipeline(storage, manifest) as pipeline:
         for part in store.missing_parts:
             count = manifest.planned(part)

@@ -12,6 +12,7 @@ from actstore.order import keyed_permutation
 from actstore.pipeline import PartPipeline
 from actstore.storage import open_storage
 from actstore.store import Store, create_store
+from benchmarks.values import channel_statistics
 
 RANK = 32
 
@@ -54,9 +55,7 @@ def write_synthetic(
     store = Store(storage, manifest)
     rng = np.random.default_rng(seed)
     mix = rng.normal(size=(RANK, channels)).astype(np.float32)
-    mean = rng.normal(size=channels).astype(np.float32)
-    gain = np.exp(rng.normal(size=channels) * 0.5).astype(np.float32)
-    mean[rng.choice(channels, 3, replace=False)] = 80.0  # massive channels
+    mean, gain = channel_statistics(rng, channels)
     with PartPipeline(storage, manifest) as pipeline:
         for part in store.missing_parts:
             count = manifest.planned(part)

@@ -110,8 +110,8 @@ def peers(latents: int, only: list[str] | None = None) -> dict[str, StepFn]:
             continue
         try:
             found[name] = make(latents)
-        except ImportError as error:
-            print(f"{name} is not installed ({error})")
+        except (ImportError, AttributeError) as error:  # absent, or at odds with what it imports
+            print(f"{name} is left out, it cannot be imported here: {error}")
     return found
 
 

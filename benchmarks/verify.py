@@ -1,6 +1,6 @@
 """Speed of `actstore verify` over a sequential read of the same files, warm and cold.
 
-python benchmarks/verify.py
+python -m benchmarks.verify
 """
 
 import dataclasses
@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import tyro
 
 import actstore
 from actstore.verify import verify
+from benchmarks.values import residual_stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,10 @@ def forget(paths: list[Path]) -> None:
 
 def main(config: Config) -> int:
     """Run the benchmark and print JSON."""
-    bits = np.random.default_rng(0).integers(0, 60_000, (config.items, 196, 768), dtype=np.uint16)
-    values = (bits & np.uint16(0xBBFF)).view(np.float16)
+    values = residual_stream(config.items, 196, 768)
     with tempfile.TemporaryDirectory(dir=config.folder) as name:
         store = actstore.write_arrays(f"{name}/a", {"blocks.6.resid_post": {"patch": values}})
-        del values, bits
+        del values
         paths = sorted(p for p in Path(name).rglob("c.*") if p.is_file())
         total = sum(p.stat().st_size for p in paths) / 1e9
         result = {}

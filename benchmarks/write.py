@@ -1,6 +1,6 @@
 """Speed of writing: a store, with fsync and commit, over raw write + fsync of the same bytes.
 
-    python benchmarks/write.py
+    python -m benchmarks.write
 
 Two ways to a store are measured, interleaved with the raw limit in one run:
 `arrays`  values that lie in memory [item, token, channel], through `write_arrays` in source order;
@@ -26,6 +26,7 @@ import torch
 import tyro
 
 import actstore
+from benchmarks.values import residual_stream
 from vitmodels.spec import ModelSpec, SiteInfo, TokenGrid
 
 WRITE_CHUNK = 8 << 20
@@ -148,9 +149,8 @@ def main(config: Config) -> int:
     with tempfile.TemporaryDirectory(dir=config.folder) as name:
         folder = Path(name)
         if "arrays" in config.only:
-            shape = (config.items, config.patches, config.width)
-            patch = rng.integers(0, 60_000, shape, dtype=np.uint16) & np.uint16(0xBBFF)
-            values = {"patch": patch.view(np.float16), "cls": patch.view(np.float16)[:, :1]}
+            patch = residual_stream(config.items, config.patches, config.width)
+            values = {"patch": patch, "cls": patch[:, :1]}
             site = {"blocks.6.resid_post": values}
             results["arrays"] = measure(
                 folder, config.rounds, lambda out: actstore.write_arrays(out, site), patch

@@ -27,6 +27,7 @@ import actstore
 from actstore import layout
 from actstore.storage import open_storage
 from benchmarks.s3 import Cost, plain_store, remove, server, timed
+from benchmarks.values import residual_stream
 
 SITE = "blocks.6.resid_post"
 
@@ -88,12 +89,10 @@ def one_round(config: Config, number: int, values: np.ndarray) -> tuple[dict[str
 
 def main(config: Config) -> int:
     """Run the benchmark and print JSON."""
-    shape = (config.items, 196, 768)
-    bits = np.random.default_rng(0).integers(0, 60_000, shape, dtype=np.uint16)
-    bits &= np.uint16(0xBBFF)
+    values = residual_stream(config.items, 196, 768)
     rounds, size = [], 0
     for number in range(config.rounds):
-        costs, size = one_round(config, number, bits.view(np.float16))
+        costs, size = one_round(config, number, values)
         rounds.append(costs)
     limits = [min(r[name] for name, *_ in LIMITS) for r in rounds]
     ours = [r["store"] for r in rounds]
