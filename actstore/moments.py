@@ -48,7 +48,7 @@ class MomentSum:
         self._dtype = dtype
         # numpy does not sum a single channel row after row, but pairwise.
         fits = dtype in _WIDEN and channels > 1
-        self._loop = (compiled() if loop == "compiled" else loop) if fits else None
+        self._loop: Any = (compiled() if loop == "compiled" else loop) if fits else None
         if self._loop is None:
             self._wide = np.empty((rows, channels), np.int32)
             self._bits = np.empty((rows, channels), _BITS[dtype][0])
