@@ -14,6 +14,7 @@ from PIL import Image
 
 from actstore.index import SCHEMA
 from actstore.sources.base import Undecodable, decode_image, digest
+from actstore.sources.bounded import check_groups, read_group
 from actstore.sources.fetch import Watched
 from actstore.sources.places import absolute, reached
 
@@ -26,6 +27,14 @@ class Parquet:
 
     Labels and their names come from the column that the schema metadata calls ClassLabel, or
     from a column `label`. Columns of plain values beside them reach the index.
+
+    Raises
+    ------
+    FileNotFoundError
+        When no file is there.
+    ValueError
+        When a file is not parquet, has other columns than the first, no column of images, or a
+        row group that unpacks to more than `bounded.MAX_GROUP` bytes.
     """
 
     def __init__(
@@ -69,6 +78,14 @@ class Parquet:
             and not pa.types.is_binary(field.type)
             and not pa.types.is_large_binary(field.type)
         ]
+        image = schema.field(self._image).type
+        parts = [self._image]
+        if pa.types.is_struct(image):
+            inside = [name for name in ("bytes", "path") if image.get_field_index(name) >= 0]
+            parts = [f"{self._image}.{name}" for name in inside]
+        self._columns = [*parts, *([self._label] if self._label else []), *self._extra]
+        for name, file in zip(self._paths, self._files, strict=True):
+            check_groups(file, name, self._columns)
         self._cache: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
         self._cache_bytes = cache_bytes
         self._lock = threading.Lock()
@@ -150,10 +167,9 @@ class Parquet:
             with self._lock:
                 if number in self._cache:
                     return self._cache[number]
-            columns = [self._image, *([self._label] if self._label else []), *self._extra]
-            # Threads of pyarrow would compete with those of the model for the same cores.
+            name = os.path.basename(self._paths[file])
             try:
-                table = self._files[file].read_row_group(group, columns=columns, use_threads=False)
+                table = read_group(self._files[file], name, group, self._columns)
             except (OSError, pa.ArrowException) as error:
                 self._watched[file].check()
                 raise Undecodable(f"row group {group} cannot be read: {error}") from error

@@ -16,6 +16,7 @@ from PIL import Image
 from actstore.credentials import public
 from actstore.index import SCHEMA
 from actstore.sources.base import Undecodable, decode_image, digest
+from actstore.sources.bounded import check_groups, read_group
 from actstore.sources.fetch import fetch
 from actstore.sources.places import absolute, find_files
 
@@ -28,7 +29,7 @@ PROTOCOLS = frozenset(
 """Where a row may point to; others are skipped rows."""
 
 MAX_TABLE = 4 << 30
-"""Bytes of a table."""
+"""Bytes of a table, as it lies and as it is unpacked."""
 
 MAX_IMAGE = 256 << 20
 """Bytes of an encoded image."""
@@ -203,7 +204,7 @@ def _read(fs: Any, path: str) -> pa.Table:
     try:
         with fs.open(path, "rb") as file:
             if path.lower().endswith(".parquet"):
-                return pq.read_table(file)
+                return _read_parquet(pq.ParquetFile(file), path)
             return pyarrow.csv.read_csv(
                 file,
                 parse_options=pyarrow.csv.ParseOptions(
@@ -216,6 +217,30 @@ def _read(fs: Any, path: str) -> pa.Table:
             )
     except pa.ArrowException as error:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
+
+
+def _read_parquet(file: pq.ParquetFile, path: str) -> pa.Table:
+    """Return the columns of plain values, if they do not unpack to too many bytes."""
+    fields = [
+        field
+        for field in file.schema_arrow
+        if not pa.types.is_nested(field.type)
+        and not pa.types.is_binary(field.type)
+        and not pa.types.is_large_binary(field.type)
+    ]
+    columns = [field.name for field in fields]
+    check_groups(file, path, columns)
+    left, tables = MAX_TABLE, []
+    for group in range(file.num_row_groups):
+        try:
+            tables.append(read_group(file, path, group, columns, max(1, left)))
+        except Undecodable as error:
+            raise ValueError(
+                f"{path} unpacks to more than {MAX_TABLE:,} bytes, the most that a table may have "
+                f"({error}): split it, or leave columns out"
+            ) from None
+        left -= tables[-1].nbytes
+    return pa.concat_tables([pa.schema(fields).empty_table(), *tables])
 
 
 def _labels(table: pa.Table) -> tuple[pa.ChunkedArray | None, list[str]]:

@@ -20,6 +20,12 @@ from numpy.typing import NDArray
 EXTENSIONS = frozenset({".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts"})
 """File names taken for videos, in lower case."""
 
+MAX_FRAME = 1 << 26
+"""Pixels of a frame; larger ones are refused before they are decoded (67 million)."""
+
+MAX_CLIP = 1 << 30
+"""Pixels of all frames of a clip (64 frames of 4096 x 2160 are 566 million)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSampling:
@@ -119,7 +125,8 @@ def read_clip(
     Raises
     ------
     ValueError
-        PyAV is not installed; the file holds no video, or frames that cannot be decoded.
+        PyAV is not installed; the file holds no video, or frames that cannot be decoded, or they
+        have more than `MAX_FRAME` pixels each or `MAX_CLIP` together.
     """
     av = _pyav()
     name = os.fspath(file) if isinstance(file, str | os.PathLike) else getattr(file, "name", "file")
@@ -129,18 +136,39 @@ def read_clip(
             if not container.streams.video:
                 raise ValueError(f"{name} holds no video stream")
             stream = container.streams.video[0]
+            _check_pixels(name, stream, sampling.frames)
+            stream.codec_context.options = {"max_pixels": str(MAX_FRAME)}  # whatever a frame says
             times, keyframes = _timeline(container, stream)
             indices = sampling.indices(len(times), clip, key)
             wanted = sorted({times[i] for i in indices})
-            pixels = dict(_decode(container, stream, wanted, keyframes))
+            pixels = {}
+            for time, frame in _decode(container, stream, wanted, keyframes):
+                _check_pixels(name, frame, sampling.frames)  # a stream may change its size
+                pixels[time] = frame.to_ndarray(format="rgb24")
     except (av.error.FFmpegError, EOFError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{name} cannot be decoded: {reason}") from error
     missing = [i for i in indices if times[i] not in pixels]
     if missing:
         raise ValueError(f"{name}: frame {missing[0]} of {len(times)} cannot be decoded")
+    if len({frame.shape for frame in pixels.values()}) > 1:
+        raise ValueError(f"{name} cannot be decoded: its frames have several sizes")
     frames = np.stack([pixels[times[i]] for i in indices])
     return Clip(frames=frames, indices=indices)
+
+
+def _check_pixels(name: str, picture: Any, frames: int) -> None:
+    """Refuse a clip of so many frames as large as a stream or a frame says it is."""
+    pixels = picture.width * picture.height
+    size = f"{name} has frames of {picture.width} x {picture.height} pixels"
+    remedy = "scale it down: ffmpeg -i FILE -vf scale=-2:1080 OUT"
+    if pixels > MAX_FRAME:
+        raise ValueError(f"{size}, at most {MAX_FRAME:,} are decoded; {remedy}")
+    if pixels * frames > MAX_CLIP:
+        raise ValueError(
+            f"{size}, a clip of {frames} has {pixels * frames:,}; at most {MAX_CLIP:,} are "
+            f"decoded: take fewer frames, or {remedy}"
+        )
 
 
 def _pyav() -> Any:
@@ -174,8 +202,8 @@ def _timeline(container: Any, stream: Any) -> tuple[list[int], list[int]]:
 
 def _decode(
     container: Any, stream: Any, wanted: Sequence[int], keyframes: Sequence[int]
-) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Yield (time, RGB) of the frames at the times `wanted`, which ascend."""
+) -> Iterator[tuple[int, Any]]:
+    """Yield (time, frame of PyAV) of the frames at the times `wanted`, which ascend."""
     groups: dict[int, list[int]] = {}
     for time in wanted:
         groups.setdefault(max(0, bisect.bisect_right(keyframes, time) - 1), []).append(time)
@@ -185,6 +213,6 @@ def _decode(
         for frame in container.decode(stream):
             if frame.pts in left:
                 left.discard(frame.pts)
-                yield frame.pts, frame.to_ndarray(format="rgb24")
+                yield frame.pts, frame
             if not left or (frame.pts is not None and frame.pts > times[-1]):
                 break

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vitmodels import clips
 from vitmodels.clips import ClipSampling, read_clip
 
 av = pytest.importorskip("av")
@@ -141,6 +142,45 @@ def test_what_is_no_video_is_refused(tmp_path: Path, video: Path) -> None:
             container.mux(packet)
     with pytest.raises(ValueError, match="no video stream"):
         read_clip(sound, ClipSampling(frames=4))
+
+
+def test_what_unpacks_to_too_many_pixels_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A black film of any size is a small file."""
+    path = write_video(tmp_path / "large.mp4", 6, size=64)
+
+    def never(*words: object) -> None:
+        raise AssertionError("nothing is decoded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clips, "_decode", never)
+        patch.setattr(clips, "MAX_FRAME", 4000)
+        message = r"large.mp4 has frames of 64 x 64 pixels, at most 4,000 are decoded; scale it d"
+        with pytest.raises(ValueError, match=message):
+            read_clip(path, ClipSampling(frames=4))
+    monkeypatch.setattr(clips, "MAX_CLIP", 5 * 64 * 64)
+    assert len(read_clip(path, ClipSampling(frames=5)).frames) == 5
+    monkeypatch.setattr(clips, "_decode", never)
+    message = r"a clip of 6 has 24,576; at most 20,480 are decoded: take fewer frames, or scale it"
+    with pytest.raises(ValueError, match=message):
+        read_clip(path, ClipSampling(frames=6))
+
+
+def test_frames_larger_than_the_file_says_are_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(tmp_path / "liar.mp4", 6, size=64)
+    monkeypatch.setattr(clips, "MAX_FRAME", 4000)
+    real = clips._check_pixels
+
+    def believes(name: str, picture: object, frames: int) -> None:
+        if isinstance(picture, av.VideoFrame):
+            real(name, picture, frames)
+
+    monkeypatch.setattr(clips, "_check_pixels", believes)
+    with pytest.raises(ValueError, match=r"liar.mp4 cannot be decoded"):
+        read_clip(path, ClipSampling(frames=4))
 
 
 @pytest.mark.parametrize(

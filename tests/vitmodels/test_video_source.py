@@ -9,6 +9,7 @@ from test_clips import write_video
 
 from actstore.sources import Undecodable, open_source, reopen_source
 from actstore.sources.video import VideoFolder
+from vitmodels import clips
 from vitmodels.clips import ClipSampling, read_clip
 from vitmodels.spec import ModelSpec, TokenGrid
 
@@ -48,6 +49,15 @@ def test_items_are_clips_in_path_order(folder: Path) -> None:
             expected = read_clip(folder / name, sampling, clip, key=name)
             got = source.image(2 * i + clip)
             np.testing.assert_array_equal(got.frames, expected.frames)
+
+
+def test_a_video_of_too_many_pixels_is_an_item_that_cannot_be_decoded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = VideoFolder(folder, ClipSampling(frames=4))
+    monkeypatch.setattr(clips, "MAX_CLIP", 3 * 32 * 32)
+    with pytest.raises(Undecodable, match=r"a clip of 4 has 4,096; at most 3,072 are decoded"):
+        source.image(0)
 
 
 def test_a_folder_whose_files_are_videos_is_a_source(folder: Path) -> None:
