@@ -8,7 +8,7 @@ from PIL import Image
 
 from actstore.sources.base import decode_image, digest
 from actstore.sources.fetch import fetch
-from actstore.sources.places import absolute, reached
+from actstore.sources.places import absolute, file_sizes, reached
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
@@ -28,10 +28,10 @@ class Folder:
         with reached(self._url):
             self._fs, root = fsspec.core.url_to_fs(self._url, **(storage_options or {}))
             root = root.rstrip("/")
-            found = self._fs.find(root, detail=True)
+            found = file_sizes(self._fs, root)
         sizes = {
-            path[len(root) + 1 :]: int(info["size"])
-            for path, info in found.items()
+            path[len(root) + 1 :]: size
+            for path, size in found.items()
             if os.path.splitext(path)[1].lower() in EXTENSIONS
         }
         if not sizes:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from actstore.credentials import public, refuse_credentials
 
@@ -135,22 +136,42 @@ def find_files(
     for name in expand_braces(absolute(url)):
         with reached(name):
             fs, path = fsspec.core.url_to_fs(name, **dict(storage_options or {}))
-            infos = _infos(fs, path, extensions)
-        if not infos:
+            sizes = _matching(fs, path, extensions)
+        if not sizes:
             raise FileNotFoundError(
                 f"{name}: no {' or '.join(e.lstrip('.') for e in extensions)} file there"
             )
-        found.update((p, int(infos[p]["size"])) for p in sorted(infos))
+        found.update((p, sizes[p]) for p in sorted(sizes))
     return fs, list(found), list(found.values())
 
 
-def _infos(fs: Any, path: str, extensions: tuple[str, ...]) -> Mapping[str, Any]:
-    """Return what the file system says of the files of a path, folder or glob."""
-    found: dict[str, Any]
+def _matching(fs: Any, path: str, extensions: tuple[str, ...]) -> dict[str, int]:
+    """Return the sizes of the files of a path, folder or glob."""
     if any(sign in path for sign in "*?["):
-        found = fs.glob(path, detail=True)
-        return found
+        return {p: int(info["size"]) for p, info in fs.glob(path, detail=True).items()}
     if fs.isdir(path):
-        found = fs.find(path, detail=True)
-        return {p: info for p, info in found.items() if p.lower().endswith(extensions)}
-    return {path: fs.info(path)} if fs.exists(path) else {}
+        found = file_sizes(fs, path)
+        return {p: size for p, size in found.items() if p.lower().endswith(extensions)}
+    return {path: int(fs.info(path)["size"])} if fs.exists(path) else {}
+
+
+def file_sizes(fs: Any, folder: str) -> dict[str, int]:
+    """Return the size in bytes of every file below a folder, links followed; 0 where they break.
+
+    On a local disk without fsspec's description of each file, which takes three times as long.
+    """
+    if not isinstance(fs, LocalFileSystem) or not os.path.isdir(folder):
+        return {path: int(info["size"]) for path, info in fs.find(folder, detail=True).items()}
+    sizes = {}
+    waiting = [folder]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                try:
+                    if entry.is_dir():
+                        waiting.append(entry.path)
+                    else:
+                        sizes[entry.path] = entry.stat().st_size
+                except OSError:  # a link to nothing, or to itself
+                    sizes[entry.path] = 0
+    return sizes

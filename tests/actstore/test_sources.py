@@ -5,10 +5,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from actstore.sources import Undecodable, base, check_source, open_source, reopen_source
 from actstore.sources.parquet import Parquet
+from actstore.sources.places import file_sizes
 
 
 def picture(number: int, side: int = 8, kind: str = "PNG") -> bytes:
@@ -64,6 +66,28 @@ def test_folder_fingerprint_follows_names_and_sizes(folder):
         check_source(changed, before)
     with pytest.raises(ValueError, match=r"data set changed"):
         reopen_source(before)
+
+
+def test_a_local_folder_is_listed_as_fsspec_lists_it(folder):
+    files = LocalFileSystem()
+    expected = {p: i["size"] for p, i in files.find(str(folder), detail=True).items()}
+    assert file_sizes(files, str(folder)) == expected
+    assert len(expected) > 3
+
+
+def test_links_in_a_folder_of_images_are_followed(folder, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "all").symlink_to(folder / "b")
+    (linked / "one.png").symlink_to(folder / "b/2.png")
+    (linked / "broken.png").symlink_to(folder / "none.png")
+    (linked / "itself.png").symlink_to(linked / "itself.png")
+    source = open_source(linked)
+    keys = [source.row(i)["key"] for i in range(len(source))]
+    assert keys == ["all/2.png", "broken.png", "itself.png", "one.png"]
+    assert source.image(0).tobytes() == source.image(3).tobytes()
+    with pytest.raises(Undecodable):
+        source.image(keys.index("broken.png"))
 
 
 def test_folder_without_images(tmp_path):
