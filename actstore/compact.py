@@ -10,6 +10,7 @@ large store they are read instead of the parts, if their counts are those of the
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,18 +28,19 @@ if TYPE_CHECKING:
 
 INDEX = "index.parquet"
 
+_AT_ONCE = 16
+"""Objects written at a time."""
+
 
 def write_compact(store: "Store") -> None:
     """Write `index.parquet`, `stats/` and missing segments from the committed parts."""
-    storage = store.storage
     seal_all(store)
-    storage.replace(INDEX, [encode_index_rows(store.merged_index())])
-    groups = ["stats", *(f"stats/{site}" for site in store.sites)]
-    for group in groups:
-        storage.replace(f"{group}/zarr.json", [_json(layout.group_metadata())])
+    objects = {INDEX: encode_index_rows(store.merged_index())}
+    for group in ["stats", *(f"stats/{site}" for site in store.sites)]:
+        objects[f"{group}/zarr.json"] = _json(layout.group_metadata())
     for array in store.manifest.arrays:
         folder = f"stats/{array.site}/{array.kind}"
-        storage.replace(f"{folder}/zarr.json", [_json(layout.group_metadata())])
+        objects[f"{folder}/zarr.json"] = _json(layout.group_metadata())
         moments = store.merged_stats(array)
         values = {
             "mean": moments.mean,
@@ -53,8 +55,11 @@ def write_compact(store: "Store") -> None:
             meta = layout.plain_metadata(list(value.shape), value.dtype.name, names)
             chunk = "c.0" if value.ndim else "c"
             data = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<")).tobytes()
-            storage.replace(f"{folder}/{name}/{chunk}", [data])
-            storage.replace(f"{folder}/{name}/zarr.json", [_json(meta)])
+            objects[f"{folder}/{name}/{chunk}"] = data
+            objects[f"{folder}/{name}/zarr.json"] = _json(meta)
+    # Side by side: each waits for the medium, a disk's journal or a server, not for the processor.
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(lambda path: store.storage.replace(path, [objects[path]]), objects))
 
 
 def read_stats(store: "Store", array: ArraySpec) -> ChannelStats | None:
