@@ -281,6 +281,7 @@ def harvest_on(
         written = plan.disk * done // max(1, plan.manifest.n_parts)
         limit_bytes = _least_limit(client)
         plan.check(free_disk=free_disk(storage), free_memory=limit_bytes or 1 << 62, done=written)
+        report(Event(kind="started"))
         manifest = create_calibrated(storage, with_scales(job).manifest)
         store = Store(storage, manifest)
         ticket = _Ticket(

@@ -40,7 +40,8 @@ class Event:
     """Something a harvest reports."""
 
     kind: str
-    """``plan``, ``items``, ``skipped``, ``part`` (committed) or ``finished``."""
+    """``plan``, ``started`` (the plan can be carried out), ``items``, ``skipped``, ``part``
+    (committed) or ``finished``."""
     part: int = -1
     """Number of the part, where there is one."""
     items: int = 0

@@ -143,6 +143,7 @@ def harvest(
     report(Event(kind="plan", plan=plan, parts_done=committed))
     written = plan.disk * committed // max(1, plan.manifest.n_parts)
     plan.check(free_disk=free_disk(storage), free_memory=available_memory(), done=written)
+    report(Event(kind="started"))
     job = with_scales(job)
     job = dataclasses.replace(job, manifest=create_calibrated(storage, job.manifest))
     store = Store(storage, job.manifest)

@@ -1,5 +1,7 @@
 """What the command line draws: progress bars and tables."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -42,9 +44,13 @@ _PASSED_ON = (
 """Options of the command that `harvest` takes as they are."""
 
 
-def progress_bars(console: Console) -> Progress:
-    """Return the bars every long command shows."""
-    return Progress(
+@contextlib.contextmanager
+def progress_bars(console: Console) -> Iterator[Progress]:
+    """Give the bars every long command shows.
+
+    They appear with `start`, when the work begins: an error before it does not follow empty bars.
+    """
+    progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -52,6 +58,11 @@ def progress_bars(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+    try:
+        yield progress
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 def plan_table(plan: Plan, parts_done: int = 0, title: str = "plan") -> Table:
@@ -97,7 +108,9 @@ class HarvestView:
         self._progress.update(self._parts, total=parts)
 
     def __call__(self, event: "Event") -> None:
-        """Take one event."""
+        """Take one event; the bars appear with the first that tells of work."""
+        if event.kind not in ("plan", "finished"):
+            self._progress.start()
         if event.kind == "plan" and event.plan is not None:
             plan, m = event.plan, event.plan.manifest
             self._console.print(plan_table(plan, event.parts_done))
@@ -233,7 +246,12 @@ def verify_with_progress(config: "Verify") -> int:
     console = Console()
     with progress_bars(console) as progress:
         task = progress.add_task("parts", total=int((store.part_items >= 0).sum()))
-        problems = verify(store, workers=config.workers, on_part=lambda _: progress.advance(task))
+
+        def advance(part: int) -> None:
+            progress.start()
+            progress.advance(task)
+
+        problems = verify(store, workers=config.workers, on_part=advance)
     for problem in problems:
         console.print(str(problem), markup=False, style="red")
     parts = sorted({p.part for p in problems if p.part >= 0})
@@ -247,8 +265,11 @@ def verify_with_progress(config: "Verify") -> int:
         console.print(f"{n} parts read, every checksum fits")
     if store.missing_parts:
         console.print(f"{len(store.missing_parts)} parts are not harvested yet")
-    if config.against_model and not _compare(config, store, console):
-        return 1
+    if config.against_model:
+        if parts:  # what is damaged is known already, the rest can be compared
+            store = open_store(config.url, config.storage_options, without=parts)
+        if not _compare(config, store, console):
+            return 1
     return 1 if problems else 0
 
 

@@ -55,6 +55,11 @@ def convert_with_progress(config: "Convert") -> int:
     store = open_store(config.url, local)
     with progress_bars(console) as progress:
         task = progress.add_task("parts", total=None)
+
+        def on_part(done: int, total: int) -> None:
+            progress.start()
+            progress.update(task, completed=done, total=total)
+
         copy = convert(
             store,
             config.out,
@@ -65,7 +70,7 @@ def convert_with_progress(config: "Convert") -> int:
             items_per_part=config.items_per_part,
             reshard=config.reshard,
             storage_options=config.storage_options if "://" in config.out else None,
-            on_part=lambda done, total: progress.update(task, completed=done, total=total),
+            on_part=on_part,
         )
     counts = f"{copy.n_items:,} items, {len(copy.manifest.arrays)} arrays, {copy.manifest.dtype}"
     console.print(f"{copy.url}: {counts}", markup=False, soft_wrap=True)

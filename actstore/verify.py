@@ -242,9 +242,23 @@ def verify_against_model(
 
 
 def stored_items(store: Store, array: ArraySpec, positions: Sequence[int]) -> np.ndarray:
-    """Return whole items as float32 [item, token, channel] through zarr-python."""
+    """Return whole items as float32 [item, token, channel] through zarr-python.
+
+    Raises
+    ------
+    FormatError
+        When zarr-python finds one damaged.
+    """
     values = store.array(array.site, array.kind)
-    rows = [np.asarray(values[position]) for position in positions]
+    try:
+        rows = [np.asarray(values[position]) for position in positions]
+    except FormatError:
+        raise
+    except ValueError as error:
+        raise FormatError(
+            f"{array.path} of {store.url} is damaged ({error}): `actstore verify {store.url}` "
+            "names the parts, `actstore repair` harvests them again"
+        ) from error
     return np.stack([to_float(row, store.manifest, array) for row in rows])
 
 

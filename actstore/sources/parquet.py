@@ -16,7 +16,7 @@ from actstore.index import SCHEMA
 from actstore.sources.base import Undecodable, decode_image, digest
 from actstore.sources.bounded import check_groups, read_group
 from actstore.sources.fetch import Watched
-from actstore.sources.places import absolute, reached
+from actstore.sources.places import absolute, nothing_at, reached
 
 CACHE_BYTES = 256 << 20
 """Room for decompressed row groups, in bytes; at least the newest one is kept."""
@@ -108,7 +108,7 @@ class Parquet:
         else:
             found = [path] if self._fs.exists(path) else []
         if not found:
-            raise FileNotFoundError(f"{self._url}: no parquet file there")
+            raise nothing_at(self._fs, self._url, "parquet")
         return found
 
     def _open(self, name: str) -> pq.ParquetFile:

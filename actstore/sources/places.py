@@ -138,11 +138,21 @@ def find_files(
             fs, path = fsspec.core.url_to_fs(name, **dict(storage_options or {}))
             sizes = _matching(fs, path, extensions)
         if not sizes:
-            raise FileNotFoundError(
-                f"{name}: no {' or '.join(e.lstrip('.') for e in extensions)} file there"
-            )
+            raise nothing_at(fs, name, " or ".join(e.lstrip(".") for e in extensions))
         found.update((p, sizes[p]) for p in sorted(sizes))
     return fs, list(found), list(found.values())
+
+
+def nothing_at(fs: Any, url: str, kind: str) -> FileNotFoundError:
+    """Return the error for a place without files of a kind; of S3 the bucket may be missing."""
+    bucket = url.partition("://")[2].partition("/")[0]
+    with reached(url):
+        if url.startswith(("s3://", "s3a://")) and not fs.exists(bucket):
+            return FileNotFoundError(
+                f"{url}: there is no bucket {bucket!r}; check its spelling, and the storage option "
+                "endpoint_url where it lies on a server that is not Amazon's"
+            )
+    return FileNotFoundError(f"{url}: no {kind} file there")
 
 
 def _matching(fs: Any, path: str, extensions: tuple[str, ...]) -> dict[str, int]:

@@ -3,9 +3,13 @@ import subprocess
 import sys
 
 import pytest
+from fake_model import objects
 
 import actstore
+import vitmodels
 from actstore.cli import commands, main
+from actstore.sources import open_source
+from actstore.verify import verify_against_model
 
 HARVEST = [
     "harvest",
@@ -90,6 +94,7 @@ def test_verify_names_damage_and_the_repair(tmp_path, capsys):
             "error: foo://x: no storage is called 'foo'",
         ),
         ([*HARVEST, "--out", "x", "--workers", "-1"], "error: workers must be at least 1, not -1"),
+        ([*HARVEST, "--out", "x", "--limit", "0"], "error: limit must be at least 1, not 0"),
         ([*HARVEST, "--out", "x", "--codec", "zip"], "error: codec 'zip' is none of raw, archive"),
         ([*HARVEST, "--out", "x", "--scheduler", "y"], "error: scheduler 'y' is no address"),
         (
@@ -104,6 +109,94 @@ def test_errors_are_one_message_and_exit_code_one(words, message, capsys, tmp_pa
     captured = capsys.readouterr()
     assert captured.err.startswith(message)
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["verify", "--workers", "0"], "error: workers must be at least 1, not 0"),
+        (["verify", "--workers", "-2"], "error: workers must be at least 1, not -2"),
+        (
+            ["convert", "--out", "copy", "--items-per-part", "0"],
+            "error: items_per_part must be at least 1, not 0",
+        ),
+        (
+            ["convert", "--out", "copy", "--items-per-part", "-4"],
+            "error: items_per_part must be at least 1, not -4",
+        ),
+        (["repair", "--parts", "99"], "has parts 0 to 19, not 99"),
+        (["repair", "--parts", "1", "--workers", "0"], "error: workers must be at least 1, not 0"),
+    ],
+)
+def test_numbers_that_a_store_cannot_do(out, words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = objects(out, ".")
+    again = ["--random-weights"] if words[0] == "repair" else []
+    assert main([words[0], out, *words[1:], *again]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.out == "", "no bar before the work begins"
+    assert objects(out, ".") == before
+    assert not list(tmp_path.iterdir())
+
+
+def run(*words):
+    """Run the command as a user does; return exit code, stdout and stderr."""
+    code = "import sys; from actstore.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_an_error_before_the_work_is_all_there_is_to_read(tmp_path):
+    code, out, err = run(*HARVEST, "--out", f"{tmp_path}/a", "--data", f"{tmp_path}/nowhere")
+    assert code == 1
+    assert out == ""
+    assert err.startswith("error: data '")
+    assert err.count("\n") == 1
+
+
+def test_an_error_of_the_plan_follows_the_plan_and_no_bars(tmp_path, capsys, monkeypatch):
+    from actstore import harvester
+
+    monkeypatch.setattr(harvester, "free_disk", lambda storage: 10)
+    assert main([*HARVEST, "--out", f"{tmp_path}/a"]) == 1
+    captured = capsys.readouterr()
+    assert "peak memory" in captured.out
+    assert captured.out.rstrip().endswith("┘")
+    assert captured.err.startswith("error: ")
+    assert not (tmp_path / "a").exists()
+
+
+def test_bars_are_there_once_work_begins(out, tmp_path, capsys):
+    assert main([*HARVEST, "--out", f"{tmp_path}/a"]) == 0
+    text = capsys.readouterr().out
+    assert "items" in text
+    assert "40/40" in text
+    assert main(["verify", out]) == 0
+    assert "20/20" in capsys.readouterr().out
+    assert main(["convert", out, "--out", f"{tmp_path}/b"]) == 0
+    assert "20/20" in capsys.readouterr().out
+
+
+def test_what_is_damaged_is_left_out_of_the_comparison_with_the_model(tmp_path, capsys):
+    out = f"{tmp_path}/a"
+    assert main([*HARVEST, "--out", out]) == 0
+    path = tmp_path / "a/acts/blocks.0.resid_post/patch/c.3.0.0"
+    path.write_bytes(path.read_bytes()[:-1])
+    capsys.readouterr()
+    assert main(["verify", out, "--against-model", "40", "--random-weights"]) == 1
+    captured = capsys.readouterr()
+    assert f"repair: actstore repair {out} --parts 3" in captured.out
+    assert "│ 38 " in captured.out
+    assert captured.err == ""
+    store = actstore.open(out)
+    model = vitmodels.load("toy/digits-1l", device="cpu", pretrained=False)
+    message = r"patch of .*/a is damaged \(.*\): `actstore verify .*/a` names the parts"
+    with pytest.raises(actstore.FormatError, match=message):
+        verify_against_model(store, model, open_source("digits"), items=40)
 
 
 def test_models(capsys):
