@@ -1,5 +1,6 @@
 """Moments of channels: whoever sums gives the same bits, and these are the moments."""
 
+import subprocess
 import sys
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actstore.compile import compile_loop
 from actstore.layout import from_stored, to_bfloat16
-from actstore.moments import MomentSum, compiled, sum_rows
+from actstore.moments import MomentSum, sum_rows
 
 
 def _stored(dtype, shape, seed, mean=3.0):
@@ -43,10 +45,10 @@ def test_the_loop_and_numpy_give_the_same_bits(dtype, rows, tokens, channels, se
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_loop_is_the_same_compiled_and_as_python(dtype):
-    assert compiled() is not None, "the tests need the extra fast"
+    assert compile_loop(sum_rows) is not None, "the tests need the extra fast"
     values = _stored(dtype, (7, 5), 0)
     one = _total(sum_rows, dtype, values, 3)
-    other = _total(compiled(), dtype, values, 3)
+    other = _total(compile_loop(sum_rows), dtype, values, 3)
     assert one.m2.tobytes() == other.m2.tobytes()
     assert one.mean.tobytes() == other.mean.tobytes()
     assert one.absmax.tobytes() == other.absmax.tobytes()
@@ -77,12 +79,30 @@ def test_a_value_that_is_not_finite_is_seen(loop, bad, row):
 
 def test_without_numba_numpy_sums(monkeypatch):
     """A missing extra costs time, not the store."""
-    compiled.cache_clear()
+    compile_loop.cache_clear()
     monkeypatch.setitem(sys.modules, "numba", None)
     try:
-        assert compiled() is None
+        assert compile_loop(sum_rows) is None
         values = _stored("float16", (40, 6), 3)
         total = _total("compiled", "float16", values, 16)
     finally:
-        compiled.cache_clear()
+        compile_loop.cache_clear()
     np.testing.assert_allclose(total.mean, values.astype("f8").mean(0), rtol=1e-5)
+
+
+def test_where_no_cache_can_be_written_loops_are_compiled_all_the_same(tmp_path):
+    """As in a container whose site-packages and home are read-only."""
+    code = """
+import numba
+from numba.core import caching
+for locator in caching.CacheImpl._locator_classes:
+    locator.from_function = classmethod(lambda *args: None)
+from actstore.compile import compile_loop
+from actstore.moments import sum_rows
+try:
+    numba.njit(cache=True)(sum_rows)
+except RuntimeError:
+    print("no cache,", compile_loop(sum_rows).targetoptions["nogil"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "no cache, True", done.stderr

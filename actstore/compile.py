@@ -1,0 +1,28 @@
+"""Compile inner loops with numba, where it is installed (the extra ``fast``)."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+
+@functools.cache
+def compile_loop(
+    function: Callable[..., Any], fastmath: frozenset[str] = frozenset()
+) -> Callable[..., Any] | None:
+    """Return a function compiled, without the interpreter's lock; None where numba is missing.
+
+    The machine code is kept beside the source, or in the user's cache, for the next process;
+    where neither can be written it is made anew in each. `fastmath` are LLVM's names of what
+    floating point may not keep; by default sums keep their order and products are not fused.
+    """
+    try:
+        numba = importlib.import_module("numba")
+    except ModuleNotFoundError:
+        return None
+    options: dict[str, Any] = {"nogil": True, "fastmath": set(fastmath) or False}
+    try:
+        compiled: Callable[..., Any] = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder for the cache
+        compiled = numba.njit(**options)(function)
+    return compiled
