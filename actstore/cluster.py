@@ -20,7 +20,8 @@ from actstore.commit import read_commit, record_path
 from actstore.execute import Event, Job, run_parts
 from actstore.harvester import READ_AHEAD, choose_device, free_disk, load_model, prepare
 from actstore.manifest import Manifest
-from actstore.sources import check_source, reopen_source
+from actstore.scheduler import connect
+from actstore.sources import Unreachable, check_source, reopen_source
 from actstore.storage import open_storage
 from actstore.store import Store, read_manifest
 
@@ -144,8 +145,15 @@ def _harvest_part(ticket: _Ticket, part: int, refuse_empty: bool) -> list[Event]
     -------
     list of Event, or str
         What happened; or the words of an error that trying again would not mend.
+
+    Raises
+    ------
+    Unreachable
+        When the storage of the data fails; without a cause, for that of a client of HTTP cannot
+        travel to another process.
     """
     events: list[Event] = []
+    failure = ""
     try:
         job = _job(ticket)
         if job.storage.size(record_path(part)) is None:
@@ -160,48 +168,11 @@ def _harvest_part(ticket: _Ticket, part: int, refuse_empty: bool) -> list[Event]
     except (ValueError, KeyError, FileNotFoundError) as error:
         log.warning("part %d: %s", part, error)
         return f"part {part}: {error}"
+    except Unreachable as error:
+        failure = str(error)
+    if failure:
+        raise Unreachable(failure)
     return events
-
-
-def connect(scheduler: str, *, wait: float = 30.0) -> Any:
-    """Return a client of a scheduler that has at least one worker.
-
-    Parameters
-    ----------
-    scheduler
-        Address, for instance ``tcp://host:8786``.
-    wait
-        Seconds to wait for the scheduler, and then for a worker.
-
-    Raises
-    ------
-    ValueError
-        When distributed is not installed, nothing answers, or no worker joins in time.
-    """
-    if ":" not in scheduler:
-        raise ValueError(f"scheduler {scheduler!r} is no address; it looks like tcp://host:8786")
-    try:
-        distributed: Any = importlib.import_module("distributed")
-    except ImportError as error:
-        raise ValueError(
-            "harvesting on a cluster needs distributed: pip install 'actstore[cluster]'"
-        ) from error
-    try:
-        client: Any = distributed.Client(scheduler, timeout=wait, set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise ValueError(
-            f"no dask scheduler answers at {scheduler!r} within {wait:.0f} s: start one with "
-            "`dask scheduler`, workers with `dask worker ADDRESS --nthreads 2`"
-        ) from error
-    try:
-        client.wait_for_workers(1, timeout=wait)
-    except TimeoutError as error:
-        client.close()
-        raise ValueError(
-            f"the scheduler at {scheduler} has no worker: start some with "
-            f"`dask worker {scheduler} --nthreads 2`"
-        ) from error
-    return client
 
 
 def harvest_on(
@@ -297,7 +268,8 @@ def harvest_on(
             skip_unreachable=job.skip_unreachable,
             id=uuid.uuid4().hex,
         )
-        for events in _completed(client, ticket, store.missing_parts):
+        first = None if store.n_items else next(iter(store.missing_parts), None)
+        for events in _completed(client, ticket, store.missing_parts, first):
             for event in events:
                 report(event)
     finally:
@@ -310,7 +282,9 @@ def harvest_on(
     return store
 
 
-def _completed(client: Any, ticket: _Ticket, parts: Sequence[int]) -> Iterator[list[Event]]:
+def _completed(
+    client: Any, ticket: _Ticket, parts: Sequence[int], refused_empty: int | None
+) -> Iterator[list[Event]]:
     """Yield the events of each part as it is committed, keeping the queue short."""
     distributed: Any = importlib.import_module("distributed")
     shared = client.submit(_ready, ticket, key=f"ticket-{ticket.id}")
@@ -322,7 +296,7 @@ def _completed(client: Any, ticket: _Ticket, parts: Sequence[int]) -> Iterator[l
             _harvest_part,
             shared,
             part,
-            part == parts[0],
+            part == refused_empty,
             key=f"harvest-{ticket.id}-{part}",
             retries=RETRIES,
         )

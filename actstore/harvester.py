@@ -150,7 +150,7 @@ def harvest(
     seal_all(store)
     rank, world = rank_and_world()
     mine = [part for part in store.missing_parts if part % world == rank]
-    run_parts(job, mine, on_event=report)
+    run_parts(job, mine, on_event=report, refuse_empty=not store.n_items)
     store.refresh()
     if store.is_complete:
         store.compact()

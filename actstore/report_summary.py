@@ -88,7 +88,7 @@ def print_stats(config: "Stats") -> int:
     sites = expand_sites(config.sites, store.sites) if config.sites else None
     scheduler: Any = None
     if config.scheduler is not None:
-        from actstore.cluster import connect
+        from actstore.scheduler import connect
 
         scheduler = connect(config.scheduler)
     try:

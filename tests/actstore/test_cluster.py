@@ -1,14 +1,23 @@
 """Real worker processes of a dask.distributed cluster, one killed while it works."""
 
+import asyncio
+import http.server
+import io
 import os
 import signal
+import socket
+import subprocess
+import sys
+import threading
 
 import pytest
 from fake_model import objects
+from PIL import Image
 
 import actstore
 from actstore.cli import main
 from actstore.cluster import harvest_on
+from actstore.scheduler import connect
 from actstore.verify import verify
 
 distributed = pytest.importorskip("distributed")
@@ -141,7 +150,7 @@ def test_a_worker_that_sees_something_else_refuses(cluster, tmp_path):
         harvest_on(cluster, out=tmp_path / "a", **{**WHAT, "model": Elsewhere(1)})
 
 
-def test_no_scheduler(tmp_path, monkeypatch):
+def test_no_scheduler(cluster):
     from actstore import cluster as module
 
     with pytest.raises(ValueError, match=r"no dask scheduler answers at 'tcp://127.0.0.1:9'"):
@@ -150,3 +159,97 @@ def test_no_scheduler(tmp_path, monkeypatch):
         module.connect("nonsense://x", wait=1)
     with pytest.raises(ValueError, match=r"'nowhere' is no address; it looks like tcp://host"):
         module.connect("nowhere")
+    worker = next(iter(cluster.scheduler_info(n_workers=-1)["workers"]))
+    with pytest.raises(ValueError, match=r"is a dask worker and no scheduler: `dask scheduler`"):
+        module.connect(worker, wait=10)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
+        with pytest.raises(ValueError, match=rf"no dask scheduler answers at '{address}' within"):
+            module.connect(address, wait=1)
+
+
+def test_a_scheduler_is_reached_from_within_an_event_loop(cluster):
+    async def notebook():
+        client = connect(cluster.scheduler.address)
+        await asyncio.to_thread(client.close)
+
+    asyncio.run(notebook())
+
+
+@pytest.mark.parametrize("command", ["harvest", "stats"])
+def test_a_scheduler_that_does_not_answer_is_one_line(command, tmp_path):
+    """In a process of its own: what a client leaves behind is printed when Python ends."""
+    code = (
+        "import sys\nfrom actstore import cluster\ncluster.connect.__kwdefaults__['wait'] = 1\n"
+        "from actstore.cli import main\nsys.exit(main())"
+    )
+    out = str(tmp_path / "a")
+    harvest = ["harvest", "--model", "toy/digits-1l", "--data", "digits", "--limit", "8"]
+    harvest += ["--sites", "logits", "--device", "cpu", "--out", out]
+    if command == "stats":
+        assert main(harvest) == 0
+    words = harvest if command == "harvest" else ["stats", out]
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"tcp://127.0.0.1:{closed.getsockname()[1]}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "--scheduler", address],
+        capture_output=True, text=True, check=False, timeout=50,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"error: no dask scheduler answers at '{address}' within 1 s: start one with "
+        "`dask scheduler`, workers with `dask worker ADDRESS --nthreads 2`\n"
+    )
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves one image under any name; `broken` ones give an error of the server."""
+
+    image = b""
+
+    def do_GET(self):
+        broken = "broken" in self.path
+        self.send_response(500 if broken else 200)
+        body = b"" if broken else self.image
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *words):
+        pass
+
+
+def test_what_cannot_be_reached_stops_a_cluster_or_is_skipped_on_request(cluster, tmp_path, capsys):
+    pytest.importorskip("aiohttp")
+    sink = io.BytesIO()
+    Image.new("L", (20, 20), 7).save(sink, "PNG")
+    Server.image = sink.getvalue()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            names = ["broken.png" if i == 7 else f"{i}.png" for i in range(20)]
+            rows = [f"http://127.0.0.1:{server.server_port}/{name}" for name in names]
+            (tmp_path / "list.csv").write_text("\n".join(["url", *rows]))
+            words = ["harvest", "--model", "toy/digits-2l", "--data", str(tmp_path / "list.csv")]
+            words += ["--sites", "blocks.0.resid_post", "--device", "cpu", "--batch-size", "4"]
+            words += ["--out", str(tmp_path / "a"), "--scheduler", cluster.scheduler.address]
+            assert main(words) == 1
+            err = capsys.readouterr().err
+            assert "the storage of the data failed at item 7" in err
+            assert "broken.png cannot be fetched: 500" in err
+            assert "or with --skip-unreachable, which leaves such items out" in err
+            assert main([*words, "--skip-unreachable"]) == 0
+            text = capsys.readouterr().out
+        finally:
+            server.shutdown()
+            thread.join()
+    assert f"skipped {rows[7]}: broken.png cannot be fetched: 500" in text
+    assert "19 items, complete, 1 skipped in this run" in text
+    store = actstore.open(tmp_path / "a")
+    assert store.is_complete
+    statuses = {row["key"]: row["status"] for row in store.index().to_pylist()}
+    assert [key for key, status in statuses.items() if status != "ok"] == [rows[7]]

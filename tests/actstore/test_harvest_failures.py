@@ -85,6 +85,20 @@ def test_a_set_of_which_nothing_can_be_read_stops_early(tmp_path):
         run(tmp_path / "a", data=tmp_path / "images", limit=None)
 
 
+def test_a_harvest_goes_on_with_a_part_of_which_nothing_can_be_read(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(20):
+        Image.new("L", (20, 20), number).save(tmp_path / "images" / f"{number:02d}.png")
+    (tmp_path / "images/07.png").write_bytes(b"junk")
+    store = run(tmp_path / "a", data=tmp_path / "images", limit=None)[0]
+    assert store.manifest.items_per_part == 1, "so that a part can have no item"
+    empty = int(np.flatnonzero(store.part_items == 0)[0])
+    store.storage.delete(f"parts/{empty:05d}.json")
+    again = run(tmp_path / "a", data=tmp_path / "images", limit=None)[0]
+    assert again.is_complete
+    assert again.n_items == 19
+
+
 def test_overflow_stops_before_the_part_is_committed(tmp_path):
     with pytest.raises(
         ValueError,
