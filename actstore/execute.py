@@ -34,6 +34,9 @@ from actstore.writer import PartBuffer
 
 log = logging.getLogger(__name__)
 
+ASKED = 16
+"""Items that are tried before a data set is said to hold none that can be read."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Event:
@@ -200,8 +203,8 @@ def run_parts(
 ) -> None:
     """Compute and commit parts in order.
 
-    With `refuse_empty` the first of them must hold an item that can be read: what is wrong with
-    all items is found before hours have gone.
+    With `refuse_empty` the first of them, or the next `ASKED` items, must hold one that can be
+    read: what is wrong with all items is found before hours have gone.
 
     Raises
     ------
@@ -246,14 +249,28 @@ def run_parts(
             _report(part, decoded, on_event)
             if last:
                 stager.flush()
-                if refuse_empty and part == todo[0] and not buffer.items:
+                empty = refuse_empty and part == todo[0] and not buffer.items
+                if empty and not _others_readable(job, part):
                     raise ValueError(
-                        f"none of the {len(rows)} items of the first part can be read; "
-                        f"{rows[0].get('key')}: {rows[0]['status']}"
+                        f"none of the {len(rows)} items of the first part can be read, nor the "
+                        f"{ASKED} after them; {rows[0].get('key')}: {rows[0]['status']}"
                     )
                 _number(rows, part * job.manifest.items_per_part)
                 pipeline.submit(part, buffer, rows)
                 buffer = None
+
+
+def _others_readable(job: Job, part: int) -> bool:
+    """Whether one of the items after a part can be read; parts of a small data set hold one."""
+    size, items = job.manifest.items_per_part, job.manifest.items
+    start = min(items, (part + 1) * size)
+    places = list(range(start, min(items, start + ASKED))) or list(range(min(ASKED, items)))
+    for place in places:
+        other, row = divmod(place, size)
+        index = int(source_positions(job.manifest, other)[row])
+        if decode(job, index).input is not None:
+            return True
+    return False
 
 
 def _report(part: int, decoded: Sequence[_Decoded], on_event: Callable[[Event], None]) -> None:

@@ -21,6 +21,11 @@ PAUSE = 0.3
 GONE = frozenset({404, 410, 451})
 """Answers of a web server that say of one item that it is not to be had."""
 
+
+class Denied(Unreachable):
+    """A web server denies one item (403); whether it denies all is for the caller to find out."""
+
+
 _NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
@@ -38,7 +43,8 @@ def fetch(fs: Any, path: str, start: int | None = None, end: int | None = None) 
     Undecodable
         When there is no such file.
     Unreachable
-        When its storage fails, of one elsewhere `ATTEMPTS` times.
+        When its storage fails, of one elsewhere `ATTEMPTS` times; `Denied` where it is a web
+        server that answers 403.
     """
     data: bytes = persistently(lambda: fs.cat_file(path, start=start, end=end), fs, path)
     return data
@@ -69,7 +75,8 @@ def persistently(read: Callable[[], Any], fs: Any, path: str) -> Any:
             denied = isinstance(error, PermissionError)
             if denied or attempt == tries:
                 # No cause: what a client says may repeat an address that holds a key.
-                raise Unreachable(f"{name} cannot be fetched: {_reason(error)}") from None
+                kind = Denied if getattr(error, "status", None) == 403 else Unreachable
+                raise kind(f"{name} cannot be fetched: {_reason(error)}") from None
             time.sleep(PAUSE * attempt)
     raise AssertionError  # the last attempt returns or raises
 

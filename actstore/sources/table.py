@@ -4,6 +4,7 @@ import os
 import posixpath
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 import numpy as np
@@ -15,9 +16,9 @@ from PIL import Image
 
 from actstore.credentials import public
 from actstore.index import SCHEMA
-from actstore.sources.base import Undecodable, decode_image, digest
+from actstore.sources.base import Undecodable, Unreachable, decode_image, digest
 from actstore.sources.bounded import check_groups, read_group
-from actstore.sources.fetch import fetch
+from actstore.sources.fetch import Denied, fetch
 from actstore.sources.places import absolute, find_files
 
 NAMES = ("path", "url", "file_name")
@@ -33,6 +34,12 @@ MAX_TABLE = 4 << 30
 
 MAX_IMAGE = 256 << 20
 """Bytes of an encoded image."""
+
+NEIGHBOURS = 1000
+"""Rows among which others of the same server are looked for when it denies one."""
+
+ASKED = 8
+"""Of those, how many it is asked for."""
 
 
 def names_files(url: str, storage_options: Mapping[str, Any] | None = None) -> bool:
@@ -100,6 +107,7 @@ class Table:
             )
         self._name = name
         self._files = fs
+        self._gives: set[str] = set()
         self._scheme = _scheme(self._url)
         self._local = self._scheme in ("", "file", "local")
         self._root = posixpath.dirname(paths[0])
@@ -147,7 +155,31 @@ class Table:
         where = self._where[index].as_py()
         if not where or "\0" in where:
             raise Undecodable("the row names no image")
-        return decode_image(self._fetch(*self._resolve(where)))
+        try:
+            data = self._fetch(*self._resolve(where))
+        except Denied as error:
+            if not self._gives_others(index):
+                raise
+            raise Undecodable(f"{error}, and the server gives others") from None
+        return decode_image(data)
+
+    def _gives_others(self, index: int) -> bool:
+        """Whether the server of a denied row gives any other row that is near.
+
+        Then it is the item's fault; if not, credentials may be missing, which is that of none.
+        """
+        host = urlsplit(self._where[index].as_py()).netloc
+        if host in self._gives:
+            return True
+        near = [self._where[(index + k) % len(self)].as_py() or "" for k in range(1, NEIGHBOURS)]
+        for where in [w for w in near if f"://{host}/" in w][:ASKED]:
+            try:
+                self._fetch(*self._resolve(where))
+            except (Undecodable, Unreachable):
+                continue
+            self._gives.add(host)
+            return True
+        return False
 
     def _resolve(self, where: str) -> tuple[Any, str]:
         """Return file system and path of what a row names."""

@@ -12,6 +12,7 @@ from PIL import Image
 
 import actstore
 from actstore import harvester
+from actstore.order import keyed_permutation
 from actstore.sources import open_source
 from actstore.storage import LocalStorage
 
@@ -83,6 +84,18 @@ def test_a_set_of_which_nothing_can_be_read_stops_early(tmp_path):
         (tmp_path / "images" / f"{number}.png").write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"none of the \d+ items of the first part can be read"):
         run(tmp_path / "a", data=tmp_path / "images", limit=None)
+
+
+def test_a_small_set_whose_first_item_cannot_be_read_is_harvested(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        Image.new("L", (20, 20), number).save(tmp_path / "images" / f"{number:02d}.png")
+    first = int(keyed_permutation(np.arange(1), 12, 0)[0])
+    (tmp_path / "images" / f"{first:02d}.png").write_bytes(b"junk")
+    store = run(tmp_path / "a", data=tmp_path / "images", limit=None)[0]
+    assert store.manifest.items_per_part == 1
+    assert store.part_items[0] == 0
+    assert store.n_items == 11
 
 
 def test_a_harvest_goes_on_with_a_part_of_which_nothing_can_be_read(tmp_path):

@@ -11,10 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fake_model import FakeModel
 from PIL import Image
 from test_sources import picture
 
-from actstore.sources import Undecodable, Unreachable, open_source, reopen_source, table
+import actstore
+from actstore.sources import Undecodable, Unreachable, fetch, open_source, reopen_source, table
+from actstore.verify import skipped
 
 
 @pytest.fixture
@@ -132,6 +135,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_error(503)
         elif "gone" in self.path:
             self.send_error(410)
+        elif "denied" in self.path:
+            self.send_error(403)
         elif "broken" in self.path:
             self.send_error(500)
         else:
@@ -179,3 +184,49 @@ def test_large_files_and_tables_are_refused(images, monkeypatch):
     monkeypatch.setattr(table, "MAX_TABLE", 20)
     with pytest.raises(ValueError, match=r"tables have at most 20"):
         open_source(images / "list.csv")
+
+
+@pytest.fixture
+def server(images, monkeypatch):
+    """Address of a server of the images; whatever is called denied it denies."""
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(fetch, "PAUSE", 0.0)
+    handler = functools.partial(Handler, directory=str(images))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as made:
+        thread = threading.Thread(target=made.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{made.server_port}"
+        made.shutdown()
+        thread.join()
+
+
+def listed(images, rows):
+    (images / "list.csv").write_text("\n".join(["url", *rows]))
+    return open_source(images / "list.csv")
+
+
+@pytest.mark.parametrize("place", [0, 2, 4], ids=["first", "middle", "last"])
+def test_one_item_that_is_denied_is_skipped(images, server, place, tmp_path):
+    rows = [f"{server}/img/{i}.png" for i in (0, 1, 2, 0)]
+    rows.insert(place, f"{server}/img/denied.png?token=hidden")
+    source = listed(images, rows)
+    message = r"denied.png cannot be fetched: 403 Forbidden, and the server gives others"
+    with pytest.raises(Undecodable, match=message) as caught:
+        source.image(place)
+    assert "hidden" not in str(caught.value)
+    store = actstore.harvest(
+        model=FakeModel(), data=source, sites="logits", out=tmp_path / "a", batch_size=2
+    )
+    assert store.n_items == 4
+    assert [reason.partition(":")[0] for reason in skipped(store)] == [
+        "denied.png cannot be fetched"
+    ]
+
+
+def test_a_server_that_denies_everything_stops_a_harvest(images, server, tmp_path):
+    rows = [f"{server}/denied/{i}.png" for i in range(20)]
+    other = server.replace("127.0.0.1", "localhost")
+    source = listed(images, [*rows, f"{other}/img/0.png", f"{other}/img/none.png"])
+    assert source.image(20).size == (8, 8), "another server does give"
+    with pytest.raises(Unreachable, match=r"item \d+ .*403 Forbidden; what was committed stays"):
+        actstore.harvest(model=FakeModel(), data=source, sites="logits", out=tmp_path / "a")
