@@ -7,7 +7,8 @@
 
 What is kept has exact values. A latent among the true k largest is missed only if `spare` others
 overtake it by the error of bfloat16; `docs/dictionaries.md` says how often that was seen. Entries
-whose s is not positive carry neither value nor gradient and are left out.
+whose s is not positive carry neither value nor gradient and are left out. A CPU without
+instructions for bfloat16 emulates them, slowly: `dictlearn.eightbit` serves those.
 
 The inner loop is compiled by numba (the extra ``fast``); run as plain Python, the same function is
 its specification. Shapes: C rows of a chunk, F latents, r = width read, k kept for a token.
@@ -16,9 +17,8 @@ its specification. Shapes: C rows of a chunk, F latents, r = width read, k kept 
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from actstore.compile import compile_loop
 
 SPARE = 16
 """Candidates of a token beyond k."""
@@ -62,19 +64,27 @@ def largest(
     rows = len(x_Cr)
     latent_Ck, pre_Ck = torch.zeros(rows, k, dtype=torch.int64), torch.zeros(rows, k)
     count_C = torch.zeros(rows, dtype=torch.int64)
-    arrays = [v.numpy() for v in (score_CF, x_Cr, weight_Fr, bias_F, latent_Ck, pre_Ck, count_C)]
+    arrays = (score_CF, x_Cr, weight_Fr, bias_F, latent_Ck, pre_Ck, count_C)
+    share_rows(select, arrays, rows, wanted)
+    return latent_Ck, pre_Ck, count_C
+
+
+def share_rows(
+    loop: Callable[..., None], tensors: Sequence[Tensor], rows: int, *options: int
+) -> None:
+    """Call ``loop(*arrays, *options, first, last)`` on an even share of the rows in each thread."""
+    arrays = [v.numpy() for v in tensors]
     threads = min(torch.get_num_threads(), max(1, rows // 64))
     if threads == 1:
-        select(*arrays, wanted, 0, rows)
-        return latent_Ck, pre_Ck, count_C
+        loop(*arrays, *options, 0, rows)
+        return
     edges = np.linspace(0, rows, threads + 1).astype(int).tolist()
 
     def share(edge: tuple[int, int]) -> None:
-        select(*arrays, wanted, *edge)
+        loop(*arrays, *options, *edge)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(share, itertools.pairwise(edges)))
-    return latent_Ck, pre_Ck, count_C
 
 
 @functools.cache
@@ -94,17 +104,15 @@ def multiplies_bfloat16(cpuinfo: str = "/proc/cpuinfo") -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[0].split())
 
 
-@functools.cache
-def compiled() -> Any:
-    """Return `select_rows`, compiled; ValueError says how to get numba."""
-    try:
-        numba = importlib.import_module("numba")
-    except ModuleNotFoundError as error:
+def compiled(loop: Callable[..., None] | None = None) -> Callable[..., None]:
+    """Return a loop (`select_rows`), compiled; ValueError says how to get numba."""
+    found = compile_loop(loop or select_rows, frozenset({"reassoc", "contract", "nsz"}))
+    if found is None:
         raise ValueError(
             'picker="candidates" needs numba, which is not installed: '
             "`pip install 'actstore[fast]'`, or use picker=\"exact\""
-        ) from error
-    return numba.njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, cache=True)(select_rows)
+        )
+    return found
 
 
 def select_rows(

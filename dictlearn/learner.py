@@ -21,6 +21,7 @@ from dictlearn.config import BatchTopK
 from dictlearn.densestep import check_compiled, compiled_losses
 from dictlearn.dictionary import Dictionary
 from dictlearn.distributed import Ranks
+from dictlearn.eightbit import multiplies_int8
 from dictlearn.gemm import Backend
 from dictlearn.kernels import Step, StepResult, has_sparse_step, step
 from dictlearn.losses import AuxK, prefixes_of
@@ -84,10 +85,11 @@ class Learner:
             )
         if self.config.picker == "candidates" and takes_candidates(d.config.sparsify):
             compiled()  # says now what is not installed
-            if d.device.type == "cpu" and not multiplies_bfloat16():
+            if d.device.type == "cpu" and not (multiplies_bfloat16() or multiplies_int8()):
                 log.warning(
-                    "%s: this CPU has no instructions for bfloat16, so picker='candidates' is "
-                    "several times slower than picker='exact'; start the run with the latter",
+                    "%s: this CPU has no fast product of bfloat16 or 8 bits that is known here, so "
+                    "picker='candidates' is several times slower than picker='exact'; start the "
+                    "run with the latter",
                     self.name,
                 )
         self.compiled = None

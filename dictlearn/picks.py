@@ -17,9 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dictlearn.candidates import largest, scores
+from dictlearn.candidates import largest, multiplies_bfloat16, scores
 from dictlearn.config import BatchTopK, Gated, JumpReLU, ReLU, Sparsify, TopK
 from dictlearn.dictionary import Dictionary
+from dictlearn.eightbit import largest_exact, multiplies_int8
 from dictlearn.gemm import Backend, linear
 from dictlearn.sharding import Shards
 from dictlearn.sparsify import GatedSelection, JumpReLUSelection, TopKSelection
@@ -73,7 +74,7 @@ def pick(
     """Select the entries of a training step.
 
     Returns None when the first chunk has more than ``max_density * C * F`` entries: the dense step
-    is then cheaper. `picker` is that of TopK (`dictlearn.candidates`). `gather` concatenates values
+    is then cheaper. `picker` is that of TopK (`TrainConfig.picker`). `gather` concatenates values
     over the ranks of a data parallel run, where the batch of BatchTopK is the global one. With
     `shards` the largest are those of all ranks' latents.
     """
@@ -138,6 +139,11 @@ def _pick_candidates(dictionary: Dictionary, x_Br: Float[Tensor, "b r"]) -> Pick
     k = cast(TopK, dictionary.config.sparsify).k
     weight_Fr = dictionary.W_enc.detach().T.contiguous()
     bias_F = dictionary.b_enc.detach()
+    if not multiplies_bfloat16() and multiplies_int8():
+        chunk = max(64, _CHUNK_BYTES // (4 * dictionary.latents))
+        latent_Bk, pre_Bk, count_B = largest_exact(x_Br, weight_Fr, bias_F, k, chunk)
+        row, column = (torch.arange(k) < count_B[:, None]).nonzero(as_tuple=True)
+        return _join([(row, latent_Bk[row, column], pre_Bk[row, column])], x_Br.shape[0])
     half_Fr, half_F = weight_Fr.to(torch.bfloat16), bias_F.to(torch.bfloat16)
     half_Br = x_Br.to(torch.bfloat16)
     rows = x_Br.shape[0]

@@ -103,9 +103,9 @@ class TrainConfig:
     gemm: Literal["auto", "default", "onednn"] = "auto"
     """Backend of the encoder product on CPU; ``auto`` times them at the start and records it."""
     picker: Literal["exact", "candidates"] = "exact"
-    """How TopK finds its latents on CPU: by the exact product, or by one in bfloat16 whose best are
-    computed again in float32 (`dictlearn.candidates`; needs numba, the extra ``fast``). Other kinds
-    and devices, and divided latents, are always exact."""
+    """How TopK finds its latents on CPU: by the exact product, or by one in bfloat16 or 8 bits
+    whose best are computed again in float32 (`dictlearn.candidates`, `dictlearn.eightbit`; needs
+    numba, the extra ``fast``). Other kinds and devices, and divided latents, are always exact."""
     max_density: float = 0.05
     """Share of active latents above which the dense step is used; at 0.05 the sparse one took 0.36
     of its time and at 0.08 0.66 (`benchmarks/train_step.py --crossover`, one CPU thread)."""

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from actstore.compile import compile_loop
 from actstore.store import Store
 from dictlearn.candidates import (
-    compiled,
     largest,
     multiplies_bfloat16,
     scores,
@@ -70,8 +70,9 @@ def test_threads_share_the_rows() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_few_tokens_lose_a_latent() -> None:
+def test_few_tokens_lose_a_latent(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 16 spare candidates absorb what bfloat16 confuses."""
+    monkeypatch.setattr("dictlearn.picks.multiplies_bfloat16", lambda: True)
     d = Dictionary({"a": 64}, latents=1024, sparsify=TopK(16)).requires_grad_(False)
     x = torch.randn(500, 64, generator=torch.Generator().manual_seed(1))
     picked, exact = pick(d, x, picker="candidates"), pick(d, x)
@@ -84,7 +85,11 @@ def test_few_tokens_lose_a_latent() -> None:
     torch.testing.assert_close(picked.pre, value, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_equal_those_of_the_dense_step() -> None:
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_gradients_equal_those_of_the_dense_step(
+    bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dictlearn.picks.multiplies_bfloat16", lambda: bfloat16)
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(200, 64, generator=generator)
     found = {}
@@ -117,11 +122,12 @@ def test_a_run_by_candidates(store: Store, tmp_path: Path) -> None:
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
-    compiled.cache_clear()
+    compile_loop.cache_clear()
     monkeypatch.setitem(sys.modules, "numba", None)
     d = Dictionary(SITE, latents=64, sparsify=TopK(3))
     with pytest.raises(ValueError, match=r"needs numba.*pip install 'actstore\[fast\]'"):
         train(store, d, TrainConfig(steps=2, batch_size=64, picker="candidates"))
+    compile_loop.cache_clear()
     with pytest.raises(ValueError, match="picker='fast' is not exact or candidates"):
         TrainConfig(picker="fast")  # type: ignore[arg-type]
 
@@ -144,11 +150,13 @@ def test_a_cpu_without_bfloat16_is_told_by_its_flags(
     assert multiplies_bfloat16(str(tmp_path / "nothing"))
 
 
-def test_candidates_on_a_cpu_without_bfloat16_are_warned_of(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("int8", [False, True])
+def test_candidates_on_a_cpu_without_fast_products_are_warned_of(
+    int8: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("dictlearn.learner.multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr("dictlearn.learner.multiplies_int8", lambda: int8)
     dictionary = Dictionary(SITE, latents=32, sparsify=TopK(4))
     Learner(name="one", dictionary=dictionary, config=TrainConfig(picker="candidates"))
-    assert "no instructions for bfloat16" in caplog.text
-    assert "picker='exact'" in caplog.text
+    assert ("no fast product of bfloat16 or 8 bits" in caplog.text) is not int8
+    assert ("picker='exact'" in caplog.text) is not int8
