@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 
 from actstore.index import OK
 from actstore.manifest import DTYPES, ITEM_SIZE, ArraySpec, Manifest, encode_scale
-from actstore.moments import MomentSum
+from actstore.moments import channel_moments
 from actstore.order import keyed_permutation
 from actstore.pipeline import PartPipeline
 from actstore.plan import LOCAL_STRIPE, part_items
@@ -146,9 +146,7 @@ def _scale(array: ArraySpec, values: np.ndarray) -> np.ndarray:
     """Return the scales of an array from its first items."""
     rows = values.astype(np.float32).reshape(-1, array.channels)
     check_range(array, rows, "float32")
-    moments = MomentSum("float32", len(rows), array.channels)
-    moments.add(rows)
-    return calibrated(moments.total)
+    return calibrated(channel_moments(rows[None], "float32"))
 
 
 def _fill(buffer: PartBuffer, specs: Mapping[ArraySpec, np.ndarray], chosen: np.ndarray) -> None:

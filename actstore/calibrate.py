@@ -16,7 +16,7 @@ from torch import Tensor
 from actstore.execute import Job, decoded_ahead
 from actstore.forward import Forward
 from actstore.manifest import ArraySpec, Manifest, encode_scale
-from actstore.moments import MomentSum
+from actstore.moments import channel_moments
 from actstore.quantise import CALIBRATION, calibrated
 from actstore.staging import tokens_of
 from actstore.stats import ChannelStats
@@ -44,9 +44,7 @@ def first_moments(job: Job) -> dict[ArraySpec, ChannelStats]:
             picked = tokens_of(values[array.site], sites[array.site], whole)
             rows = np.ascontiguousarray(picked.float().cpu().numpy()).reshape(-1, array.channels)
             check_range(array, rows, "float32")
-            moments = MomentSum("float32", len(rows), array.channels)
-            moments.add(rows)
-            total[array] = total[array].merge(moments.total)
+            total[array] = total[array].merge(channel_moments(rows[None], "float32"))
 
     seen = read = 0
     with ThreadPoolExecutor(job.workers, "decode") as decoders:

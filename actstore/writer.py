@@ -24,7 +24,7 @@ from actstore.commit import (
 from actstore.crc import combine, crc32c
 from actstore.index import encode_index_rows
 from actstore.manifest import ArraySpec, FormatError, Manifest
-from actstore.moments import MomentSum
+from actstore.moments import channel_moments
 from actstore.quantise import Loss, quantise
 from actstore.stats import ChannelStats
 from actstore.storage import Storage, aligned_zeros
@@ -264,12 +264,10 @@ def _write_shard(
 
 
 def _moments(manifest: Manifest, array: ArraySpec, buffer: PartBuffer) -> ChannelStats:
-    """Return the moments of the valid values, a stripe at a time while it is in the cache."""
+    """Return the moments of the valid values, those of the part's items."""
+    stripes = buffer.stripes[array].reshape(array.n_stripes, -1, array.channels)
     rows = buffer.items * array.stripe_tokens
-    moments = MomentSum(manifest.dtype, rows, array.channels)
-    for stripe in buffer.stripes[array]:
-        moments.add(stripe[: buffer.items].reshape(rows, array.channels))
-    total = moments.total
+    total = channel_moments(stripes, manifest.dtype, rows)
     if not np.isfinite(total.absmax).all():
         channel = int(np.isfinite(total.absmax).argmin())
         raise_range(array, channel, float(total.absmax[channel]), manifest.dtype)
