@@ -229,9 +229,16 @@ def _aligned(descriptor: int, data: memoryview) -> bool:
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Shaped[np.ndarray, "..."]:
-    """Return zeros at an address that direct writes accept."""
+    """Return zeros at an address that direct writes accept, in large pages where there are any.
+
+    First touching small pages takes longer than writing them to a disk does.
+    """
     count = math.prod(shape)
-    memory = mmap.mmap(-1, max(1, count * dtype.itemsize))
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, max(1, count * dtype.itemsize), flags=private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; its kernel may be built without
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
