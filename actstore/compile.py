@@ -2,8 +2,19 @@
 
 import functools
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
+
+MEMORY = 130 << 20
+"""Bytes that numba, its compiler and a loop take."""
+
+
+def compiler_memory() -> int:
+    """Return the bytes of memory that the first loop will take of this process."""
+    missing = "numba" not in sys.modules and importlib.util.find_spec("numba") is not None
+    return MEMORY if missing else 0
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from actstore.calibrate import create_calibrated, with_scales
 from actstore.codec import profile
+from actstore.compile import compiler_memory
 from actstore.execute import Event, Job, rank_and_world, run_parts
 from actstore.forward import check_compute
 from actstore.manifest import Manifest
@@ -269,7 +270,8 @@ def projected_memory(manifest: Manifest, forward: int, buffers: int) -> int:
 
     largest = max(a.channels for a in manifest.arrays) * manifest.items_per_part
     statistics = 16 * largest * max(a.stripe_tokens for a in manifest.arrays)
-    return resident_memory() + buffers * part_bytes(manifest) + forward + statistics + SLACK
+    adds = buffers * part_bytes(manifest) + forward + statistics + compiler_memory() + SLACK
+    return resident_memory() + adds
 
 
 def _with_layout_of(manifest: Manifest, there: Manifest) -> Manifest:

@@ -25,6 +25,7 @@ from obstore.store import S3Store
 
 import actstore
 from actstore import layout
+from actstore.storage import open_storage
 from benchmarks.s3 import Cost, plain_store, remove, server, timed
 from benchmarks.values import residual_stream
 
@@ -65,7 +66,8 @@ def one_round(config: Config, number: int, values: np.ndarray) -> tuple[dict[str
     root = f"s3://{config.bucket}/{prefix}"
     costs = {}
     with server(config.endpoint_url, config.folder) as options:
-        few = {SITE: {"patch": values[:64]}}  # makes the bucket and imports what is imported late
+        open_storage(root, options).replace("made", [b"a server of its own makes the bucket"])
+        few = {SITE: {"patch": values[:64]}}  # imports what is imported late
         actstore.write_arrays(f"{root}/warm", few, storage_options=options)
         write = functools.partial(
             actstore.write_arrays,
