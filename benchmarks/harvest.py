@@ -4,9 +4,9 @@
 
 The bare loop runs the model up to the last site that is stored, on inputs that are decoded
 already, and keeps nothing. A harvest decodes, computes, stores and commits. Both run in turns;
-ratios are of one turn. A harvest over the time that it spends in forward passes itself (on a CPU) is
-free of the noise between turns, and of what decoding beside it costs the model. Then the stop-early
-ratio: storing block 3 of 12 over a full forward.
+ratios are of one turn. A harvest over the time that it spends in forward passes itself (on a CPU)
+is free of the noise between turns, and of what decoding beside it costs the model. Then the
+stop-early ratio: storing block 3 of 12 over a full forward.
 """
 
 import dataclasses
