@@ -19,18 +19,24 @@ def compiler_memory() -> int:
 
 @functools.cache
 def compile_loop(
-    function: Callable[..., Any], fastmath: frozenset[str] = frozenset()
+    function: Callable[..., Any],
+    fastmath: frozenset[str] = frozenset(),
+    calls: tuple[Callable[..., Any], ...] = (),
 ) -> Callable[..., Any] | None:
     """Return a function compiled, without the interpreter's lock; None where numba is missing.
 
     The machine code is kept beside the source, or in the user's cache, for the next process;
     where neither can be written it is made anew in each. `fastmath` are LLVM's names of what
     floating point may not keep; by default sums keep their order and products are not fused.
+    `calls` are the functions of ours that the loop calls, compiled with it; a change of one alone
+    does not outdate the code that is kept.
     """
     try:
         numba = importlib.import_module("numba")
     except ModuleNotFoundError:
         return None
+    for inner in calls:
+        numba.extending.register_jitable(inner)
     options: dict[str, Any] = {"nogil": True, "fastmath": set(fastmath) or False}
     try:
         compiled: Callable[..., Any] = numba.njit(cache=True, **options)(function)

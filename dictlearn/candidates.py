@@ -106,7 +106,8 @@ def multiplies_bfloat16(cpuinfo: str = "/proc/cpuinfo") -> bool:
 
 def compiled(loop: Callable[..., None] | None = None) -> Callable[..., None]:
     """Return a loop (`select_rows`), compiled; ValueError says how to get numba."""
-    found = compile_loop(loop or select_rows, frozenset({"reassoc", "contract", "nsz"}))
+    fast = frozenset({"reassoc", "contract", "nsz"})
+    found = compile_loop(loop or select_rows, fast, calls=(keep_largest,))
     if found is None:
         raise ValueError(
             'picker="candidates" needs numba, which is not installed: '
@@ -132,7 +133,7 @@ def select_rows(
     The lowest score that `wanted` entries reach is searched for by counting, beginning at that of
     the row before: counting runs at the speed of the cache, sorting does not.
     """
-    latents, width, k = score_CF.shape[1], x_Cr.shape[1], latent_Ck.shape[1]
+    latents, width = score_CF.shape[1], x_Cr.shape[1]
     candidate = np.empty(latents, np.int64)
     value = np.empty(latents, np.float32)
     guess = _TOP // 2
@@ -166,19 +167,25 @@ def select_rows(
             for i in range(width):
                 total += x_Cr[row, i] * weight[i]
             value[c] = total + bias_F[candidate[c]]
-        kept = min(k, found)
-        least = np.float32(-np.inf)
-        if found > k:
-            least = np.partition(value[:found], found - k)[found - k]
-        filled = 0
-        for c in range(found):
-            if value[c] > least:
-                latent_Ck[row, filled] = candidate[c]
-                pre_Ck[row, filled] = value[c]
-                filled += 1
-        for c in range(found):  # as many equal to the least as there is room for
-            if value[c] == least and filled < kept:
-                latent_Ck[row, filled] = candidate[c]
-                pre_Ck[row, filled] = value[c]
-                filled += 1
-        count_C[row] = filled
+        count_C[row] = keep_largest(candidate, value, found, latent_Ck[row], pre_Ck[row])
+
+
+def keep_largest(candidate: Any, value: Any, found: int, latent_k: Any, pre_k: Any) -> int:
+    """Keep the k largest of the first `found` values, and return how many there are."""
+    k = len(latent_k)
+    kept = min(k, found)
+    least = np.float32(-np.inf)
+    if found > k:
+        least = np.partition(value[:found], found - k)[found - k]
+    filled = 0
+    for c in range(found):
+        if value[c] > least and filled < kept:
+            latent_k[filled] = candidate[c]
+            pre_k[filled] = value[c]
+            filled += 1
+    for c in range(found):  # as many equal to the least as there is room for
+        if value[c] == least and filled < kept:
+            latent_k[filled] = candidate[c]
+            pre_k[filled] = value[c]
+            filled += 1
+    return filled

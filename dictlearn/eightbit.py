@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dictlearn.candidates import Found, compiled, share_rows
+from dictlearn.candidates import Found, compiled, keep_largest, share_rows
 
 _X_TOP, _X_ZERO, _W_TOP = 63, 64, 127
 """Largest whole numbers. Where 8-bit products are added in pairs into 16 bits, (63 + 64) * 127 * 2
@@ -273,19 +273,4 @@ def select_rows(
                         found += 1
         if found > limit:
             continue
-        kept = min(k, found)
-        least = np.float32(-np.inf)
-        if found > k:
-            least = np.partition(value[:found], found - k)[found - k]
-        filled = 0
-        for c in range(found):
-            if value[c] > least and filled < kept:
-                latent_Ck[row, filled] = candidate[c]
-                pre_Ck[row, filled] = value[c]
-                filled += 1
-        for c in range(found):  # as many equal to the least as there is room for
-            if value[c] == least and filled < kept:
-                latent_Ck[row, filled] = candidate[c]
-                pre_Ck[row, filled] = value[c]
-                filled += 1
-        count_C[row] = filled
+        count_C[row] = keep_largest(candidate, value, found, latent_Ck[row], pre_Ck[row])
