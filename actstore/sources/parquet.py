@@ -16,7 +16,7 @@ from actstore.index import SCHEMA
 from actstore.sources.base import Undecodable, decode_image, digest
 from actstore.sources.bounded import check_groups, read_group
 from actstore.sources.fetch import Watched
-from actstore.sources.places import absolute, nothing_at, reached
+from actstore.sources.places import absolute, file_sizes, nothing_at, reached
 
 CACHE_BYTES = 256 << 20
 """Room for decompressed row groups, in bytes; at least the newest one is kept."""
@@ -104,7 +104,7 @@ class Parquet:
         if "*" in path or "?" in path:
             found = sorted(self._fs.glob(path))
         elif self._fs.isdir(path):
-            found = sorted(p for p in self._fs.find(path) if p.endswith(".parquet"))
+            found = sorted(p for p in file_sizes(self._fs, path) if p.endswith(".parquet"))
         else:
             found = [path] if self._fs.exists(path) else []
         if not found:

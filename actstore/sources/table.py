@@ -107,7 +107,7 @@ class Table:
             )
         self._name = name
         self._files = fs
-        self._gives: set[str] = set()
+        self._gives: dict[str, bool] = {}
         self._scheme = _scheme(self._url)
         self._local = self._scheme in ("", "file", "local")
         self._root = posixpath.dirname(paths[0])
@@ -166,18 +166,21 @@ class Table:
     def _gives_others(self, index: int) -> bool:
         """Whether the server of a denied row gives any other row that is near.
 
-        Then it is the item's fault; if not, credentials may be missing, which is that of none.
+        Then it is the item's fault; if not, credentials may be missing, which is that of none. A
+        server is asked once.
         """
         host = urlsplit(self._where[index].as_py()).netloc
-        if host in self._gives:
-            return True
+        if host not in self._gives:
+            self._gives[host] = self._gives_one_near(index, host)
+        return self._gives[host]
+
+    def _gives_one_near(self, index: int, host: str) -> bool:
         near = [self._where[(index + k) % len(self)].as_py() or "" for k in range(1, NEIGHBOURS)]
         for where in [w for w in near if f"://{host}/" in w][:ASKED]:
             try:
                 self._fetch(*self._resolve(where))
             except (Undecodable, Unreachable):
                 continue
-            self._gives.add(host)
             return True
         return False
 

@@ -11,7 +11,7 @@ import fsspec
 from actstore.credentials import public
 from actstore.sources.base import Undecodable, digest
 from actstore.sources.fetch import Watched
-from actstore.sources.places import absolute, reached
+from actstore.sources.places import absolute, file_sizes, reached
 from vitmodels.clips import EXTENSIONS, Clip, ClipSampling, read_clip
 
 PREFIX = "video:"
@@ -49,12 +49,12 @@ class VideoFolder:
         with reached(self._url):
             self._fs, root = fsspec.core.url_to_fs(self._url, **dict(storage_options or {}))
             root = root.rstrip("/")
-            found = self._fs.find(root, detail=True)
+            found = file_sizes(self._fs, root)
         if set(found) == {root}:
             root = root.rpartition("/")[0]
         sizes = {
-            path[len(root) + 1 :]: int(info["size"])
-            for path, info in found.items()
+            path[len(root) + 1 :]: size
+            for path, size in found.items()
             if os.path.splitext(path)[1].lower() in EXTENSIONS
         }
         if not found:

@@ -152,7 +152,10 @@ def read_clip(
     if missing:
         raise ValueError(f"{name}: frame {missing[0]} of {len(times)} cannot be decoded")
     if len({frame.shape for frame in pixels.values()}) > 1:
-        raise ValueError(f"{name} cannot be decoded: its frames have several sizes")
+        raise ValueError(
+            f"{name} cannot be decoded: its frames have several sizes; give them one: "
+            "ffmpeg -i FILE -vf scale=640:360 OUT"
+        )
     frames = np.stack([pixels[times[i]] for i in indices])
     return Clip(frames=frames, indices=indices)
 

@@ -223,10 +223,21 @@ def test_one_item_that_is_denied_is_skipped(images, server, place, tmp_path):
     ]
 
 
-def test_a_server_that_denies_everything_stops_a_harvest(images, server, tmp_path):
+def test_a_server_that_denies_everything_stops_a_harvest(images, server, tmp_path, monkeypatch):
     rows = [f"{server}/denied/{i}.png" for i in range(20)]
     other = server.replace("127.0.0.1", "localhost")
     source = listed(images, [*rows, f"{other}/img/0.png", f"{other}/img/none.png"])
     assert source.image(20).size == (8, 8), "another server does give"
     with pytest.raises(Unreachable, match=r"item \d+ .*403 Forbidden; what was committed stays"):
         actstore.harvest(model=FakeModel(), data=source, sites="logits", out=tmp_path / "a")
+    asked: list[str] = []
+    monkeypatch.setattr(source, "_fetch", lambda fs, path: _denied(asked, path))
+    for row in (3, 4):
+        with pytest.raises(Unreachable):
+            source.image(row)
+    assert len(asked) == 2, "a server that gives nothing is not asked for others again"
+
+
+def _denied(asked, path):
+    asked.append(path)
+    raise fetch.Denied(path)

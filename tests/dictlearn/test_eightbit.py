@@ -7,10 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dictlearn import eightbit
-from dictlearn.config import TopK
-from dictlearn.dictionary import Dictionary
 from dictlearn.eightbit import largest_exact, multiplies_int8
-from dictlearn.picks import pick
 
 pytestmark = pytest.mark.skipif(not multiplies_int8(), reason="no 8-bit product on this CPU")
 
@@ -140,20 +137,6 @@ def test_few_tokens_are_multiplied_in_float32(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("dictlearn.eightbit.F.linear", counted)
     largest_exact(x, weight, bias, 16, 64)
     assert sum(done) < ROWS / 10
-
-
-def test_picks_of_a_dictionary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dictlearn.picks.multiplies_bfloat16", lambda: False)
-    d = Dictionary({"a": 64}, latents=1024, sparsify=TopK(16)).requires_grad_(False)
-    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(1))
-    picked, exact = pick(d, x, picker="candidates"), pick(d, x)
-    assert picked is not None
-    assert exact is not None
-    assert torch.equal(picked.offset, exact.offset)
-    keys = [(p.row * 1024 + p.latent).sort() for p in (picked, exact)]
-    assert torch.equal(keys[0].values, keys[1].values)
-    values = [p.pre[key.indices] for p, key in zip((picked, exact), keys, strict=True)]
-    torch.testing.assert_close(*values, atol=1e-5, rtol=1e-5)
 
 
 def test_the_operators_of_oneDNN() -> None:
